@@ -1,0 +1,1 @@
+"""Measure the models: ``python -m bench SUITE``."""

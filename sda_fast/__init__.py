@@ -1,0 +1,1 @@
+"""Fast attention and modules for semantic diffusion adapters on FLUX.1."""

@@ -1,0 +1,344 @@
+"""The semantic embedding of pictures: addressed by node, mixed, stored, handed to FLUX."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from sda_fast.flux_inputs import append_text, check_finite, patch_grid, pooled_vector
+from sda_fast.hierarchy import Hierarchy
+from sda_fast.mixing import Mix, Weight, lerp, node_weights, slerp
+
+FORMAT, VERSION = "sda_fast.embedding", 1
+METADATA_KEY = "sda_fast"  # one key alone: several are written in no fixed order
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SemanticEmbedding:
+    """Embedding vectors of a batch of pictures, one for each position of a tree.
+
+    Immutable: every method returns a new embedding. What is only read shares memory.
+
+    Attributes:
+        tokens: [B, N, C] of a floating dtype, finite; B at least 1.
+        tree: the hierarchy of the N positions.
+        pooled: [B, P] or None: the vector that FLUX takes beside the txt stream; it belongs to the
+            whole picture.
+
+    Raises:
+        ValueError: shapes that disagree, another dtype, a NaN or an infinity.
+    """
+
+    tokens: Tensor
+    tree: Hierarchy
+    pooled: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tree, Hierarchy):
+            raise ValueError(f"tree must be a Hierarchy, got {type(self.tree).__name__}")
+        if not isinstance(self.tokens, Tensor):
+            raise ValueError(f"tokens must be a tensor, got {type(self.tokens).__name__}")
+        shape = list(self.tokens.shape)
+        if len(shape) != 3 or shape[1] != self.tree.num_tokens or 0 in shape:
+            raise ValueError(
+                f"tokens must be [B, {self.tree.num_tokens}, C] for the hierarchy "
+                f"{self.tree.tokens_per_node}, got {shape}"
+            )
+        check_finite("tokens", self.tokens)
+        if self.pooled is not None:
+            if self.pooled.ndim != 2 or len(self.pooled) != shape[0] or not self.pooled.numel():
+                raise ValueError(f"pooled must be [{shape[0]}, P], got {list(self.pooled.shape)}")
+            check_finite("pooled", self.pooled)
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __repr__(self) -> str:
+        pooled = None if self.pooled is None else list(self.pooled.shape)
+        return (
+            f"SemanticEmbedding({list(self.tokens.shape)} {self.tokens.dtype} on "
+            f"{self.tokens.device}, tokens_per_node={self.tree.tokens_per_node}, pooled={pooled})"
+        )
+
+    def __getitem__(self, path: str) -> Tensor:
+        """[B, n, C] view of the positions of one node, without its descendants."""
+        return self.tokens[:, self.tree.span(path)]
+
+    def select(self, rows: int | slice) -> "SemanticEmbedding":
+        """Some pictures of the batch; an integer gives a batch of one.
+
+        Raises:
+            IndexError: the batch has no such row.
+            ValueError: the slice selects nothing.
+        """
+        if isinstance(rows, int):
+            if not -len(self) <= rows < len(self):
+                raise IndexError(f"rows must be below the batch of {len(self)}, got {rows}")
+            rows = slice(rows % len(self), rows % len(self) + 1)
+        pooled = None if self.pooled is None else self.pooled[rows]
+        return SemanticEmbedding(self.tokens[rows], self.tree, pooled)
+
+    @classmethod
+    def cat(cls, embeddings: Sequence["SemanticEmbedding"]) -> "SemanticEmbedding":
+        """One batch out of several, in their order.
+
+        Raises:
+            ValueError: there are none, or their trees, widths, dtypes, devices or pooled differ.
+        """
+        if not embeddings:
+            raise ValueError("embeddings must hold at least one embedding, got an empty sequence")
+        first = embeddings[0]
+        for number, other in enumerate(embeddings):
+            first._check_twin(f"embeddings[{number}]", other)
+            if _kind(first.pooled) != _kind(other.pooled):
+                raise ValueError(
+                    f"embeddings[{number}] must have pooled {_kind(first.pooled)} like the first, "
+                    f"got {_kind(other.pooled)}"
+                )
+        pooled = [e.pooled for e in embeddings if e.pooled is not None]
+        tokens = torch.cat([e.tokens for e in embeddings])
+        return cls(tokens, first.tree, torch.cat(pooled) if pooled else None)
+
+    def lerp(
+        self, other: "SemanticEmbedding", weight: Weight, nodes: Sequence[str] | None = None
+    ) -> "SemanticEmbedding":
+        """``(1 - weight) * self + weight * other``, position by position.
+
+        Where the weight is 0 or 1 the positions come out bit for bit; outside [0, 1] it
+        extrapolates. ``pooled`` is mixed with the weight of the root.
+
+        Args:
+            other: an embedding of the same tree, width, dtype and device; batch B or 1.
+            weight: a number; or a number for each level; or ``{path: number}``, which holds for the
+                node and its descendants, the deepest path deciding, and is 0 elsewhere.
+            nodes: paths of the nodes to mix, with their descendants; None for all.
+
+        Raises:
+            ValueError: other, weight or nodes do not fit.
+        """
+        return self._mix(other, weight, nodes, lerp)
+
+    def slerp(
+        self, other: "SemanticEmbedding", weight: Weight, nodes: Sequence[str] | None = None
+    ) -> "SemanticEmbedding":
+        """As ``lerp``, but each vector turns along the great circle and its length goes linearly.
+
+        The direction is Shoemake's slerp (Animating Rotation with Quaternion Curves, 1985) of the
+        two unit vectors. Where they are parallel, opposite or zero it is undefined: lerp instead.
+        """
+        return self._mix(other, weight, nodes, slerp)
+
+    def transplant(self, other: "SemanticEmbedding", path: str) -> "SemanticEmbedding":
+        """A node and its descendants from other, the rest from self, bit for bit.
+
+        ``/`` takes everything, ``pooled`` too.
+
+        Raises:
+            ValueError: other does not fit, or the tree has no such node.
+        """
+        return self.lerp(other, {path: 1.0})
+
+    def truncate(self, levels: int) -> "SemanticEmbedding":
+        """The first levels of the tree alone.
+
+        Raises:
+            ValueError: levels is not between 1 and the tree's, or they hold no position.
+        """
+        if isinstance(levels, bool) or levels not in range(1, self.tree.num_levels + 1):
+            raise ValueError(f"levels must be 1 to {self.tree.num_levels}, got {levels!r}")
+        tree = Hierarchy(self.tree.tokens_per_node[:levels])
+        return SemanticEmbedding(self.tokens[:, : tree.num_tokens], tree, self.pooled)
+
+    def to(self, *args: Any, **kwargs: Any) -> "SemanticEmbedding":
+        """The same on another device or in another floating dtype, as ``Tensor.to``."""
+        pooled = None if self.pooled is None else self.pooled.to(*args, **kwargs)
+        return SemanticEmbedding(self.tokens.to(*args, **kwargs), self.tree, pooled)
+
+    def flux_inputs(
+        self,
+        height: int,
+        width: int,
+        rule: str = "overlap",
+        *,
+        source: tuple[int, int] | None = None,
+        text: Tensor | None = None,
+        pooled: Tensor | None = None,
+        patch: int = 16,
+        **rule_options: int | None,
+    ) -> dict[str, Any]:
+        """Keyword arguments for any stock diffusers Flux pipeline, which then decodes this.
+
+        Cast the embedding to the transformer's dtype first (``to``).
+
+        Args:
+            height: of the picture to make, in pixels; a multiple of patch.
+            width: likewise.
+            rule: mask rule, one of ``sda_fast.hierarchy.RULES``.
+            source: (height, width) in pixels of the picture that a Kontext pipeline edits. The
+                answer then also holds ``max_area`` and ``_auto_resize``, which keep Kontext from
+                choosing other sizes.
+            text: [1 or B, T, C] embeddings of an ordinary prompt, put after the positions.
+            pooled: [1 or B, P] in place of the embedding's own.
+            patch: pixels along one image token: 16 for FLUX.
+            rule_options: ``isolate_level`` of ``Hierarchy.attention_mask``.
+
+        Returns:
+            prompt_embeds [B, N + T, C], pooled_prompt_embeds [B, P], height, width, and
+            joint_attention_kwargs with attention_mask, bool [1, 1, S, S] on the tokens' device.
+
+        Raises:
+            ValueError: a size, the rule, text or pooled does not fit.
+        """
+        h, w = patch_grid(height, width, patch)
+        source_grid = None
+        if source is not None:
+            if not isinstance(source, (tuple, list)) or len(source) != 2:
+                raise ValueError(f"source must be (height, width) in pixels, got {source!r}")
+            source_grid = patch_grid(*source, patch, name="source ")
+        prompt = append_text(self.tokens, text)
+        vector = pooled_vector(self.tokens, self.pooled if pooled is None else pooled)
+        mask = self.tree.attention_mask(
+            h, w, rule, prompt.shape[1] - self.tree.num_tokens, source=source_grid, **rule_options
+        )
+        inputs: dict[str, Any] = {
+            "prompt_embeds": prompt,
+            "pooled_prompt_embeds": vector,
+            "height": height,
+            "width": width,
+            "joint_attention_kwargs": {"attention_mask": mask[None, None].to(prompt.device)},
+        }
+        if source is not None:
+            inputs |= {"max_area": height * width, "_auto_resize": False}
+        return inputs
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one safetensors file that carries the tree; equal embeddings give equal bytes.
+
+        The file appears whole or not at all.
+
+        Raises:
+            ValueError: the name does not end in ``.safetensors``.
+            FileNotFoundError: the folder is not there.
+        """
+        path = _check_suffix(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"path must lie in a folder that is there, got {path}")
+        tensors = {"tokens": self.tokens}
+        if self.pooled is not None:
+            tensors["pooled"] = self.pooled
+        # a clone: safetensors refuses views that share storage
+        tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
+        about = {"format": FORMAT, "hierarchy": self.tree.tokens_per_node, "version": VERSION}
+        data = to_safetensors(tensors, {METADATA_KEY: json.dumps(about, sort_keys=True)})
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], tree: Hierarchy | None = None) -> "SemanticEmbedding":
+        """Read what ``save`` wrote, onto the CPU.
+
+        Args:
+            path: the file.
+            tree: the hierarchy that the file must have; None takes any.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: it is truncated, foreign, or of another hierarchy or shape.
+        """
+        path = _check_suffix(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"path must be an embedding file, got {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+        found = _parse_metadata(path, metadata)
+        if tree is not None and tree != found:
+            raise ValueError(
+                f"{path} must be of the hierarchy {tree.tokens_per_node}, "
+                f"got {found.tokens_per_node}"
+            )
+        if not {"tokens"} <= set(tensors) <= {"tokens", "pooled"}:
+            raise ValueError(f"{path} must hold tokens and perhaps pooled, got {sorted(tensors)}")
+        try:
+            return cls(tensors["tokens"], found, tensors.get("pooled"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def _check_twin(self, name: str, other: "SemanticEmbedding") -> None:
+        if not isinstance(other, SemanticEmbedding):
+            raise ValueError(f"{name} must be a SemanticEmbedding, got {type(other).__name__}")
+        mine, its = (
+            (e.tree.tokens_per_node, e.tokens.shape[2], e.tokens.dtype, e.tokens.device)
+            for e in (self, other)
+        )
+        if mine != its:
+            raise ValueError(
+                f"{name} must agree in hierarchy, channels, dtype and device: {mine}, got {its}"
+            )
+
+    def _mix(
+        self,
+        other: "SemanticEmbedding",
+        weight: Weight,
+        nodes: Sequence[str] | None,
+        mix: Mix,
+    ) -> "SemanticEmbedding":
+        self._check_twin("other", other)
+        if len(other) not in (1, len(self)):
+            raise ValueError(f"other must have a batch of 1 or {len(self)}, got {len(other)}")
+        weight_of = node_weights(self.tree, weight, nodes)
+        counts = torch.tensor([node.stop - node.start for node in self.tree.nodes()])
+        tokens = mix(self.tokens, other.tokens, weight_of.repeat_interleave(counts)[:, None])
+        pooled = self.pooled
+        if weight_of[0] != 0 and _kind(self.pooled) != _kind(other.pooled):
+            raise ValueError(
+                f"other must have pooled {_kind(self.pooled)} where the root is mixed, "
+                f"got {_kind(other.pooled)}"
+            )
+        if pooled is not None and other.pooled is not None and weight_of[0] != 0:
+            pooled = mix(pooled, other.pooled, weight_of[:1])
+        return SemanticEmbedding(tokens, self.tree, pooled)
+
+
+def _kind(pooled: Tensor | None) -> tuple[int, torch.dtype, torch.device] | None:
+    return None if pooled is None else (pooled.shape[1], pooled.dtype, pooled.device)
+
+
+def _check_suffix(path: str | PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors (no pickle is read), got {path}")
+    return path
+
+
+def _parse_metadata(path: Path, metadata: Mapping[str, str]) -> Hierarchy:
+    try:
+        about = json.loads(metadata[METADATA_KEY])
+        known = about["format"] == FORMAT and about["version"] == VERSION
+        tokens_per_node = about["hierarchy"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is a safetensors file but no embedding") from error
+    if not known:
+        raise ValueError(
+            f"{path} must be of format {FORMAT} {VERSION}, "
+            f"got {about['format']!r} {about['version']!r}"
+        )
+    try:
+        return Hierarchy(tokens_per_node)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

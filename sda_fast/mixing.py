@@ -1,0 +1,110 @@
+"""Mixing two embeddings: weights for each node of a tree, linear and spherical interpolation."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sda_fast.hierarchy import Hierarchy
+
+Weight = float | Sequence[float] | Mapping[str, float]
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def node_weights(tree: Hierarchy, weight: Weight, nodes: Sequence[str] | None) -> Tensor:
+    """The weight of each node.
+
+    Args:
+        tree: the hierarchy.
+        weight: a number; or a number for each level; or ``{path: number}``, which holds for the
+            node and its descendants, the deepest path deciding, and is 0 elsewhere.
+        nodes: paths of the nodes that keep their weight, with their descendants; the others get 0.
+            None for all.
+
+    Returns:
+        [num_nodes] float64 on the CPU, in the order of ``tree.nodes()``.
+
+    Raises:
+        ValueError: a path is not of the tree, or a weight is no finite number.
+    """
+    if isinstance(nodes, str):
+        raise ValueError(f"nodes must be a sequence of paths, got the text {nodes!r}")
+    if isinstance(weight, Mapping):
+        by_path = dict(weight)
+    elif isinstance(weight, Sequence) and not isinstance(weight, str):
+        if len(weight) != tree.num_levels:
+            raise ValueError(
+                f"weight must have a number for each of {tree.num_levels} levels, got {weight!r}"
+            )
+        by_path = {node.path: weight[node.level] for node in tree.nodes()}
+    else:
+        by_path = {"/": weight}
+    for path, value in by_path.items():
+        tree.node(path)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise ValueError(f"weight must be made of finite numbers, got {value!r} for {path!r}")
+    for path in nodes or ():
+        tree.node(path)
+
+    weights = []
+    for node in tree.nodes():
+        lineage = _lineage(node.path)
+        inside = nodes is None or any(path in nodes for path in lineage)
+        deciding = next((path for path in lineage if path in by_path), None)
+        weights.append(by_path[deciding] if inside and deciding is not None else 0.0)
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def lerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """``(1 - weight) * a + weight * b`` in float32 or wider; bit for bit a at 0 and b at 1.
+
+    Args:
+        a: [..., C] floating.
+        b: the same, or broadcastable.
+        weight: broadcastable to [..., 1], any dtype and device.
+
+    Returns:
+        [..., C] in the dtype of a.
+    """
+    return _exact_at_ends(a, b, weight, _lerp)
+
+
+def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Direction along the great circle, length linearly; arguments and ends as for ``lerp``.
+
+    Shoemake's slerp (Animating Rotation with Quaternion Curves, 1985) of the unit vectors. Where
+    they are parallel, opposite or zero it is undefined, and the answer is that of ``lerp``.
+    """
+    return _exact_at_ends(a, b, weight, _slerp)
+
+
+def _lineage(path: str) -> list[str]:
+    """The path and its ancestors, deepest first."""
+    children = path[1:].split("/") if path != "/" else []
+    return ["/" + "/".join(children[:depth]) for depth in range(len(children), -1, -1)]
+
+
+def _exact_at_ends(a: Tensor, b: Tensor, weight: Tensor, mix: Mix) -> Tensor:
+    wide = torch.promote_types(a.dtype, torch.float32)
+    weight = weight.to(device=a.device, dtype=wide)
+    mixed = mix(a.to(wide), b.to(wide), weight).to(a.dtype)
+    return torch.where(weight == 0, a, torch.where(weight == 1, b, mixed))
+
+
+def _lerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    return (1 - weight) * a + weight * b
+
+
+def _slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    len_a, len_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
+    tiny = torch.finfo(a.dtype).tiny
+    u, v = a / len_a.clamp_min(tiny), b / len_b.clamp_min(tiny)
+    # right for small angles too, where the arc cosine of a dot product is not
+    angle = 2 * torch.atan2((u - v).norm(dim=-1, keepdim=True), (u + v).norm(dim=-1, keepdim=True))
+    sine = torch.sin(angle)
+    undefined = (sine.abs() < 1e-6) | (len_a == 0) | (len_b == 0)
+    sine = torch.where(undefined, torch.ones_like(sine), sine)
+    turned = (torch.sin((1 - weight) * angle) * u + torch.sin(weight * angle) * v) / sine
+    return torch.where(undefined, _lerp(a, b, weight), turned * _lerp(len_a, len_b, weight))

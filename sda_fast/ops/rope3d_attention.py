@@ -1,0 +1,126 @@
+"""The operator: checks, schema, shape rule, gradient, dispatch. Importing it needs torch only."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from sda_fast.ops.cpu_attention import attention_backward, attention_forward, compute_dtype
+from sda_fast.ops.inputs import cast_for_autocast, qkv_faults, refuse, require_kernel
+from sda_fast.reference.rope3d_attention import default_axes, rope3d
+
+
+@overload
+def rope3d_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_coords: Tensor | None,
+    k_coords: Tensor | None,
+    scale: float | None = None,
+    axes: tuple[int, int, int] | None = None,
+    theta: float = 1e4,
+    *,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def rope3d_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_coords: Tensor | None,
+    k_coords: Tensor | None,
+    scale: float | None = None,
+    axes: tuple[int, int, int] | None = None,
+    theta: float = 1e4,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def rope3d_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_coords: Tensor | None,
+    k_coords: Tensor | None,
+    scale: float | None = None,
+    axes: tuple[int, int, int] | None = None,
+    theta: float = 1e4,
+    *,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention whose q and k are rotated by their level, y and x.
+
+    Interleaved pairs, ``theta ** (-2i / size)`` within each axis, as in
+    ``sda_fast.reference.rope3d``. Differentiable once in q, k and v. On the CPU bf16 and fp16 are
+    computed in float32. Under autocast q, k and v are cast as in torch's own attention, the
+    coordinates are not.
+
+    Args:
+        q: [B, N, H, D], bf16, fp16, fp32 or fp64; last stride 1, the others free.
+        k: [B, S, H, D], as q.
+        v: as k.
+        q_coords: [N, 3] or [B, N, 3] float32 on q's device: level, y, x; finite, no gradient.
+            None together with k_coords means no rotation: plain attention.
+        k_coords: [S, 3] or [B, S, 3], as q_coords.
+        scale: multiplies the logits before the softmax. None means D ** -0.5.
+        axes: even sizes of level, y and x in the head dim, their sum D. None means the ratio
+            2:3:3, which is (16, 24, 24) for D = 64.
+        theta: base of the frequencies, positive.
+        return_lse: return lse too.
+
+    Returns:
+        out [B, N, H, D], contiguous, dtype of q; with return_lse also lse [B, H, N], the natural
+        log-sum-exp of the logits in float32 (float64 for fp64), which carries no gradient.
+
+    Raises:
+        ValueError: arguments do not fit; one message lists every reason.
+        NotImplementedError: the tensors are on a device whose kernel is not built yet.
+    """
+    q, k, v = cast_for_autocast(q, k, v)
+    faults = qkv_faults(q, k, v)
+    if not faults:
+        faults += _coords_faults(q, k, q_coords, k_coords)
+        faults += _axes_faults(q.shape[-1], axes, theta, rotated=q_coords is not None)
+    refuse("rope3d_attention", faults)
+    require_kernel("rope3d_attention", q.device)
+    if q_coords is None:
+        axes = ()
+    elif axes is None:
+        axes = default_axes(q.shape[-1])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = _forward(q, k, v, q_coords, k_coords, scale, axes, theta)
+    return (out, lse) if return_lse else out
+
+
+@torch.library.custom_op("sda_fast::rope3d_attention", mutates_args=(), device_types="cpu")
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, q_coords: Tensor | None, k_coords: Tensor | None,
+    scale: float, axes: Sequence[int], theta: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _refuse_infinite(q_coords, k_coords)
+    q_turned, k_turned = _turn(q, q_coords, axes, theta), _turn(k, k_coords, axes, theta)
+    out, lse = attention_forward(q_turned, k_turned, v, None, scale)
+    return out.to(q.dtype), lse
+
+
+@_forward.register_fake
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    b, n, heads, _d = q.shape
+    return q.new_empty(q.shape), q.new_empty((b, heads, n), dtype=compute_dtype(q))
+
+
+@torch.library.custom_op(
+    "sda_fast::rope3d_attention_backward", mutates_args=(), device_types="cpu"
+)
+def _backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    q_coords: Tensor | None, k_coords: Tensor | None,
+    scale: float, axes: Sequence[int], theta: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    turned = _turn(q, q_coords, axes, theta), _turn(k, k_coords, axes, theta), v
+    dq, dk, dv = attention_backward(d_out, turned, out, lse, None, scale)
+    # the transpose of a rotation is the rotation by the opposite place
+    dq = _turn(dq, None if q_coords is None else -q_coords, axes, theta)
+    dk = _turn(dk, None if k_coords is None else -k_coords, axes, theta)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

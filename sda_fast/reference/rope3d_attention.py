@@ -1,0 +1,70 @@
+"""What rope3d_attention means: rotate q and k by their places, then plain attention."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sda_fast.reference.dense_attention import dense_attention
+
+
+def rope3d(x: Tensor, coords: Tensor, axes: Sequence[int], theta: float = 1e4) -> Tensor:
+    """Rotary embedding over several axes, interleaved pairs, as FLUX applies it.
+
+    The head dim is cut into one block per axis. In the block of axis ``a``, of size ``d``, the pair
+    ``(x[2i], x[2i+1])`` turns by the angle ``coords[a] * theta ** (-2i / d)``.
+    Source: Su et al., RoFormer (arXiv 2104.09864), applied per axis.
+
+    Args:
+        x: [B, S, H, D], any float dtype.
+        coords: [S, A] or [B, S, A] float, one column per axis.
+        axes: A even sizes that sum to D.
+        theta: base of the frequencies.
+
+    Returns:
+        [B, S, H, D] in the dtype of x; the rotation itself is done in at least float32.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    coords = coords.to(dtype)
+    angles = []
+    for axis, size in enumerate(axes):
+        pair = torch.arange(0, size, 2, dtype=torch.float64, device=x.device)
+        angles.append(coords[..., axis, None] * (theta ** (-pair / size)).to(dtype))
+    angle = torch.cat(angles, dim=-1)[..., None, :]
+    turn = torch.polar(torch.ones_like(angle), angle)
+    pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+
+def default_axes(head_dim: int) -> tuple[int, int, int]:
+    """Sizes of (level, y, x) for a head dim: the ratio 2:3:3, (16, 24, 24) for 64.
+
+    Raises:
+        ValueError: head_dim is not a multiple of 16, so the ratio gives odd sizes.
+    """
+    if head_dim % 16:
+        raise ValueError(f"axes must be given: D = {head_dim} is not a multiple of 16")
+    return head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8
+
+
+def rope3d_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_coords: Tensor | None,
+    k_coords: Tensor | None,
+    scale: float | None = None,
+    axes: tuple[int, int, int] | None = None,
+    theta: float = 1e4,
+    *,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Rotated attention; see sda_fast.ops.rope3d_attention for arguments and results.
+
+    Any device and any float dtype; float64 inputs give the yardstick. Here lse has a gradient.
+    """
+    if q_coords is not None and k_coords is not None:
+        axes = default_axes(q.shape[-1]) if axes is None else axes
+        q, k = rope3d(q, q_coords, axes, theta), rope3d(k, k_coords, axes, theta)
+    out, lse = dense_attention(q, k, v, None, scale)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,1 @@
+"""Train the models: ``python -m train RECIPE``."""

@@ -1,0 +1,120 @@
+"""What the adapter is trained on, as pure functions: rectified flow and the cosine penalty."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BASE_SEQ_LEN, BASE_SHIFT = 256, 0.5
+MAX_SEQ_LEN, MAX_SHIFT = 4096, 1.15
+
+
+def flow_matching_loss(
+    velocity_fn: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """Mean squared error of the predicted velocity along the straight path to noise.
+
+        x_t = (1 - t) x0 + t noise,    loss = mean |velocity_fn(x_t, t) - (noise - x0)|^2
+
+    Rectified flow: Liu et al. 2022, https://arxiv.org/abs/2209.03003; in the form FLUX uses, Esser
+    et al. 2024, https://arxiv.org/abs/2403.03206, section 2.
+
+    Args:
+        velocity_fn: (x_t like x0, t [B]) -> predicted velocity, shaped as x0.
+        x0: [B, ...] clean latents, any float dtype.
+        t: [B] in [0, 1], 1 = noise.
+        noise: as x0, standard normal.
+
+    Returns:
+        Scalar f32.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if noise.shape != x0.shape:
+        raise ValueError(f"noise must be shaped as x0, {tuple(x0.shape)}, got {tuple(noise.shape)}")
+    if t.shape != x0.shape[:1]:
+        raise ValueError(f"t must be [{x0.shape[0]}], one for each sample, got {tuple(t.shape)}")
+    x0_f, noise_f = x0.float(), noise.float()
+    t_f = t.float().view(-1, *(1,) * (x0.ndim - 1))
+    velocity = velocity_fn(((1 - t_f) * x0_f + t_f * noise_f).to(x0.dtype), t)
+    if velocity.shape != x0.shape:
+        raise ValueError(
+            f"velocity_fn must return the shape of x0, {tuple(x0.shape)}, "
+            f"got {tuple(velocity.shape)}"
+        )
+    return F.mse_loss(velocity.float(), noise_f - x0_f)
+
+
+def cosine_penalty(tokens: Tensor) -> Tensor:
+    """Mean squared cosine between different positions of a sample; keeps them from agreeing.
+
+        1 / (B N (N - 1)) * sum_b sum_{i != j} cos(e_i, e_j)^2
+
+    Design: an orthogonality penalty, Bansal et al. 2018, https://arxiv.org/abs/1810.09102, on unit
+    vectors. A zero vector has cosine 0 with everything.
+
+    Args:
+        tokens: [B, N, C], any float dtype.
+
+    Returns:
+        Scalar f32 in [0, 1]; 0 where N is 1.
+
+    Raises:
+        ValueError: tokens is not [B, N, C].
+    """
+    if tokens.ndim != 3:
+        raise ValueError(f"tokens must be [B, N, C], got shape {tuple(tokens.shape)}")
+    batch, count, _ = tokens.shape
+    # a bf16 Gram matrix rounds small cosines away, so autocast must not reach it
+    with torch.autocast(tokens.device.type, enabled=False):
+        unit = F.normalize(tokens.float(), dim=-1)
+        cosines = unit @ unit.mT
+    off_diagonal = ~torch.eye(count, dtype=torch.bool, device=tokens.device)
+    return (cosines.square() * off_diagonal).sum() / max(1, batch * count * (count - 1))
+
+
+def resolution_shift(seq_len: int) -> float:
+    """mu of FLUX's timestep shift: linear in the number of image tokens, 0.5 at 256, 1.15 at 4096.
+
+    As ``calculate_shift`` of diffusers' Flux pipelines; sequences outside that range extrapolate.
+    """
+    slope = (MAX_SHIFT - BASE_SHIFT) / (MAX_SEQ_LEN - BASE_SEQ_LEN)
+    return BASE_SHIFT + slope * (seq_len - BASE_SEQ_LEN)
+
+
+def sample_t(
+    batch: int,
+    seq_len: int,
+    generator: torch.Generator | None = None,
+    mean: float = 0.0,
+    std: float = 1.0,
+) -> Tensor:
+    """Draw times from a logit-normal, shifted towards noise as FLUX shifts them.
+
+        t = sigmoid(mean + std z + mu(seq_len)),    z ~ N(0, 1)
+
+    The shift e^mu / (e^mu + 1/t - 1) adds mu to the logit of t. Esser et al. 2024,
+    https://arxiv.org/abs/2403.03206, sections 3.1 and 5.3.2; mu as in ``resolution_shift``.
+
+    Args:
+        batch: how many.
+        seq_len: image tokens of a sample, after packing.
+        generator: source of z; its device is that of the result. None is the global CPU generator.
+        mean: of the logit before the shift.
+        std: likewise, > 0.
+
+    Returns:
+        [batch] f32 in (0, 1).
+
+    Raises:
+        ValueError: batch or seq_len is below 1, or std is not positive.
+    """
+    if batch < 1 or seq_len < 1:
+        raise ValueError(f"batch and seq_len must be at least 1, got {batch} and {seq_len}")
+    if not std > 0:
+        raise ValueError(f"std must be positive, got {std}")
+    device = "cpu" if generator is None else generator.device
+    z = torch.randn(batch, generator=generator, device=device)
+    return torch.sigmoid(mean + std * z + resolution_shift(seq_len))

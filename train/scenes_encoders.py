@@ -1,0 +1,127 @@
+"""Stages "clip" and "dino": the two small vision encoders, frozen afterwards."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import T5Config, T5EncoderModel
+
+from sda_fast.scenes.models import PATCH, WIDTH, build_clip, build_dino, build_tokenizer, token_ids
+from train.config import TrainConfig
+from train.stage import WORLDS, draw_scenes, seeded
+
+PROJECTION = 96
+MASKED = 0.6
+"""Share of patches that the dino stage hides."""
+
+
+class ClipStage:
+    """Vision and text encoder learn which caption belongs to which picture.
+
+    Symmetric InfoNCE over the batch with a learned temperature: Radford et al. 2021,
+    https://arxiv.org/abs/2103.00020. Only the vision encoder is kept.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.world, self.batch_size = WORLDS[config.world], config.batch_size
+        torch.manual_seed(config.seed)
+        self.tokenizer = build_tokenizer()
+        self.vision = build_clip(self.world)
+        self.text = T5EncoderModel(
+            T5Config(
+                vocab_size=len(self.tokenizer),
+                d_model=WIDTH,
+                d_kv=24,
+                d_ff=256,
+                num_layers=2,
+                num_heads=4,
+                dropout_rate=0.0,
+            )
+        )
+        heads = {name: nn.Linear(96, PROJECTION, bias=False) for name in ("vision", "text")}
+        self.heads = nn.ModuleDict(heads)
+        self.log_scale = nn.ParameterList([nn.Parameter(torch.tensor(math.log(10.0)))])
+        self.trained = nn.ModuleDict(
+            {"vision": self.vision, "text": self.text, "heads": self.heads, "scale": self.log_scale}
+        )
+
+    def losses(self, seed: int) -> dict[str, Tensor]:
+        """Contrastive loss and the share of pictures whose own caption is nearest."""
+        _, pictures, captions = draw_scenes(self.world, seed, self.batch_size)
+        ids = token_ids(self.tokenizer, captions)
+        words = (ids != self.tokenizer.pad_token_id)[:, :, None]
+        text = (self.text(ids).last_hidden_state * words).sum(1) / words.sum(1)
+        # the patches' mean, so that every patch learns what is there
+        vision = self.vision(normalise(pictures)).last_hidden_state[:, 1:].mean(1)
+        a, b = (
+            F.normalize(self.heads[name](x).float(), dim=-1)
+            for name, x in (("vision", vision), ("text", text))
+        )
+        logits = self.log_scale[0].clamp_max(math.log(100.0)).exp() * a @ b.mT
+        target = torch.arange(len(logits))
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2
+        return {"loss": loss, "accuracy": (logits.argmax(1) == target).float().mean()}
+
+    def sheet(self) -> None:
+        """Nothing to look at."""
+
+    def save(self, folder: Path) -> None:
+        """Write the vision encoder to folder/clip."""
+        self.vision.save_pretrained(folder / "clip")
+
+
+class DinoStage:
+    """The encoder fills in hidden patches from the visible ones.
+
+    Mean squared error on the pixels of hidden patches: masked image modelling, Xie et al. 2021,
+    https://arxiv.org/abs/2111.09886. A small share of the loss is on visible patches, so that
+    features also keep what was seen.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.world, self.batch_size = WORLDS[config.world], config.batch_size
+        torch.manual_seed(config.seed)
+        self.vision = build_dino(self.world)
+        self.head = nn.Linear(self.vision.config.hidden_size, 3 * PATCH * PATCH)
+        self.trained = nn.ModuleDict({"vision": self.vision, "head": self.head})
+
+    def losses(self, seed: int) -> dict[str, Tensor]:
+        """Error on hidden patches, plus 0.2 of the error on visible ones."""
+        _, pictures, _ = draw_scenes(self.world, seed, self.batch_size)
+        target = patches(pictures) * 2 - 1
+        hidden = torch.rand(target.shape[:2], generator=seeded(seed)) < MASKED
+        features = self.vision(normalise(pictures), bool_masked_pos=hidden).last_hidden_state
+        error = (self.head(features[:, 1:]).float() - target).square().mean(-1)
+        masked, visible = error[hidden].mean(), error[~hidden].mean()
+        return {"loss": masked + 0.2 * visible, "masked": masked, "visible": visible}
+
+    @torch.no_grad()
+    def sheet(self) -> Tensor:
+        """Pictures, what was left of them, what the encoder made of that."""
+        from train.scenes_text import sheet_of
+
+        _, pictures, _ = draw_scenes(self.world, 10**6, 16)
+        hidden = torch.rand(16, (self.world.size // PATCH) ** 2, generator=seeded(0)) < MASKED
+        features = self.vision(normalise(pictures), bool_masked_pos=hidden).last_hidden_state
+        filled = F.fold(
+            (self.head(features[:, 1:]).mT + 1) / 2, self.world.size, PATCH, stride=PATCH
+        )
+        cover = hidden.view(16, 1, self.world.size // PATCH, -1).float()
+        left = pictures * (1 - F.interpolate(cover, scale_factor=PATCH))
+        return sheet_of(pictures, left, filled)
+
+    def save(self, folder: Path) -> None:
+        """Write the vision encoder to folder/dino."""
+        self.vision.save_pretrained(folder / "dino")
+
+
+def normalise(pictures: Tensor) -> Tensor:
+    """[0, 1] -> [-1, 1]: mean and standard deviation 0.5, as the adapter will."""
+    return pictures * 2 - 1
+
+
+def patches(pictures: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B, H W / PATCH**2, 3 PATCH**2], row-major."""
+    return F.unfold(pictures, PATCH, stride=PATCH).mT
