@@ -1,1 +1,53 @@
-"""Fast attention and modules for semantic diffusion adapters on FLUX.1."""
+"""Fast attention and modules for semantic diffusion adapters on FLUX.1.
+
+Names load what they need when they are first used: importing this package imports torch only.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sda_fast import ops, reference
+    from sda_fast.adapter import SemanticAdapter
+    from sda_fast.attach import attach
+    from sda_fast.embedding import SemanticEmbedding
+    from sda_fast.encoders import ImageEncoder
+    from sda_fast.hierarchy import Hierarchy
+    from sda_fast.pipeline import SemanticPipeline
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Hierarchy": "sda_fast.hierarchy",
+    "ImageEncoder": "sda_fast.encoders",
+    "SemanticAdapter": "sda_fast.adapter",
+    "SemanticEmbedding": "sda_fast.embedding",
+    "SemanticPipeline": "sda_fast.pipeline",
+    "attach": "sda_fast.attach",
+}
+
+__all__ = [
+    "Hierarchy",
+    "ImageEncoder",
+    "SemanticAdapter",
+    "SemanticEmbedding",
+    "SemanticPipeline",
+    "attach",
+    "ops",
+    "reference",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("ops", "reference"):
+        return import_module(f"sda_fast.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sda_fast' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    # a submodule of the same name is set on the package by the import; the public name wins
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -8,7 +8,7 @@ processors as ``processor.__class__()``. Nothing in diffusers is patched.
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -120,8 +120,8 @@ class Attachment:
         self.transformer = transformer
         self.tree, self.rule = hook.tree, hook.rule
         self._attached = True
-        self._original = transformer.attn_processors
-        new = {name: HierarchicalFluxAttnProcessor() for name in self._original}
+        self._original: dict[str, Any] = transformer.attn_processors
+        new: dict[str, Any] = {name: HierarchicalFluxAttnProcessor() for name in self._original}
         for name, processor in self._original.items():
             _copy_settings(processor, new[name])
         transformer.set_attn_processor(new)
@@ -137,7 +137,7 @@ class Attachment:
         if not self._attached:
             return
         self._attached = False
-        restored = dict(self.transformer.attn_processors)
+        restored: dict[str, Any] = self.transformer.attn_processors
         for name, processor in restored.items():
             if isinstance(processor, HierarchicalFluxAttnProcessor):
                 restored[name] = self._original[name]
@@ -336,14 +336,14 @@ def _check_processor(processor: FluxAttnProcessor) -> None:
     )
 
 
-def _copy_settings(source: FluxAttnProcessor, target: FluxAttnProcessor) -> None:
+def _copy_settings(source: Any, target: Any) -> None:
     """Carry over what diffusers keeps on a processor."""
     target._attention_backend = source._attention_backend
     target._parallel_config = source._parallel_config
 
 
 @contextmanager
-def _beneath_accelerate(module: torch.nn.Module) -> Iterator[None]:
+def _beneath_accelerate(module: torch.nn.Module) -> Generator[None, None, None]:
     """Expose the forward that accelerate's offload wraps, and put the wrapper back around it.
 
     Model offload takes its wrapper off and on again at the end of every pipeline call; a hook

@@ -147,8 +147,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.to_qkv = _linear(width, 3 * width)
-        self.norm_q = HeadNorm(width // num_heads)
-        self.norm_k = HeadNorm(width // num_heads)
+        self.norm_q = RMSNorm(width // num_heads)
+        self.norm_k = RMSNorm(width // num_heads)
         self.to_out = _linear(width, width, gain)
 
     def forward(self, x: Tensor, coords: Tensor | None) -> Tensor:
@@ -174,8 +174,8 @@ class CrossAttention(nn.Module):
         self.num_heads = num_heads
         self.to_q = _linear(width, width)
         self.to_kv = _linear(width, 2 * width)
-        self.norm_q = HeadNorm(width // num_heads)
-        self.norm_k = HeadNorm(width // num_heads)
+        self.norm_q = RMSNorm(width // num_heads)
+        self.norm_k = RMSNorm(width // num_heads)
         self.to_out = _linear(width, width, gain)
 
     def forward(
@@ -188,18 +188,18 @@ class CrossAttention(nn.Module):
         return self.to_out(_attend(self.norm_q(q), self.norm_k(k), v, q_coords, k_coords))
 
 
-class HeadNorm(nn.RMSNorm):
-    """RMSNorm over the head dim that keeps the dtype of its input, under autocast too.
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm over the last dim that keeps the dtype of its input, under autocast too.
 
     Args:
-        head_dim: D.
+        dim: size of the last dim.
     """
 
-    def __init__(self, head_dim: int) -> None:
-        super().__init__(head_dim, eps=1e-6)
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D], dtype of x."""
+        """[..., dim] -> [..., dim], dtype of x."""
         weight = self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -42,7 +42,7 @@ def resolve_folder(
         )
     except HFValidationError:
         return require_folder(folder, argument)
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError) as error:
         raise OSError(
             f"{argument} must be a folder or a hub id, got {str(path)!r}: there is no such folder "
             f"here, and the Hugging Face hub is out of reach or has no such repository "

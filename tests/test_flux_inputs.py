@@ -11,7 +11,8 @@ from diffusers import (
 
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.hierarchy import Hierarchy
-from tests.tiny_flux import PATCH, WIDTH, tiny_flux_pipeline
+
+from .tiny_flux import PATCH, WIDTH, tiny_flux_pipeline
 
 PIPELINES = [FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxKontextPipeline]
 ROWS, COLUMNS = 64, 96  # pixels
@@ -109,6 +110,7 @@ def test_what_comes_back():
     mask = inputs["joint_attention_kwargs"]["attention_mask"]
     assert mask.shape == (1, 1, 6 + 3 + 6 + 2, 6 + 3 + 6 + 2)
     assert torch.equal(mask[0, 0], tree.attention_mask(2, 3, "isolated", 3, 0, (1, 2)))
+    assert inputs["prompt_embeds"].dtype == emb.tokens.dtype
     assert torch.equal(inputs["prompt_embeds"], torch.cat([emb.tokens, text.float()], dim=1))
     assert torch.equal(inputs["pooled_prompt_embeds"], emb.pooled)
     assert (inputs["height"], inputs["width"], inputs["max_area"]) == (32, 48, 32 * 48)

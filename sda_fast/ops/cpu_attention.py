@@ -10,19 +10,19 @@ def attention_forward(
     """softmax(scale * q k^T + bias) v.
 
     Args:
-        q: [B, Sq, H, D], last stride 1.
+        q: [B, Sq, H, D], any float dtype, last stride 1.
         k: [B, Sk, H, D], as q.
         v: as k.
         bias: [Sq, Sk] in compute_dtype(q), 0 or -inf, no row all -inf; None for zeros.
         scale: multiplies the logits.
 
     Returns:
-        out [B, Sq, H, D] in the dtype of q and lse [B, H, Sq] in compute_dtype(q), contiguous.
+        out [B, Sq, H, D] and lse [B, H, Sq], natural log, both contiguous in compute_dtype(q).
     """
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_heads_first(q, k, v), 0.0, False, attn_mask=bias, scale=scale
     )
-    return out.transpose(1, 2).to(q.dtype).contiguous(), lse.contiguous()
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
 def attention_backward(
@@ -38,19 +38,18 @@ def attention_backward(
     Args:
         d_out: gradient of out, any strides.
         qkv: the q, k and v of the forward pass.
-        out: what the forward pass returned.
+        out: what the forward pass returned, rounded to any dtype.
         lse: likewise.
         bias: as in the forward pass.
         scale: likewise.
 
     Returns:
-        dq, dk and dv, contiguous, in the dtype of q.
+        dq, dk and dv, contiguous in compute_dtype(q).
     """
-    q, k, v = qkv
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *_heads_first(d_out, q, k, v, out), lse, 0.0, False, attn_mask=bias, scale=scale
+        *_heads_first(d_out, *qkv, out), lse, 0.0, False, attn_mask=bias, scale=scale
     )
-    dq, dk, dv = (g.transpose(1, 2).to(q.dtype).contiguous() for g in grads)
+    dq, dk, dv = (g.transpose(1, 2).contiguous() for g in grads)
     return dq, dk, dv
 
 

@@ -110,15 +110,14 @@ def hierarchical_attention(
     return (out, lse) if return_lse else out
 
 
-@torch.library.custom_op(
-    "sda_fast::hierarchical_attention", mutates_args=(), device_types="cpu"
-)
+@torch.library.custom_op("sda_fast::hierarchical_attention", mutates_args=(), device_types="cpu")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, tokens_per_node: Sequence[int], h: int, w: int, rule: str,
     scale: float, extra_text: int, isolate_level: int, source: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = tuple(tokens_per_node), h, w, rule, extra_text, isolate_level, tuple(source)
-    return attention_forward(q, k, v, _bias(*layout, compute_dtype(q)), scale)
+    out, lse = attention_forward(q, k, v, _bias(*layout, compute_dtype(q)), scale)
+    return out.to(q.dtype), lse
 
 
 @_forward.register_fake
@@ -137,7 +136,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     layout = tuple(tokens_per_node), h, w, rule, extra_text, isolate_level, tuple(source)
     bias = _bias(*layout, compute_dtype(q))
-    return attention_backward(d_out, (q, k, v), out, lse, bias, scale)
+    dq, dk, dv = attention_backward(d_out, (q, k, v), out, lse, bias, scale)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 @_backward.register_fake
@@ -188,12 +188,13 @@ def _option_faults(
     tree: Hierarchy, isolate_level: int | None, source: tuple[int, int] | None
 ) -> list[str]:
     faults = []
-    if isolate_level is not None and isinstance(tree, Hierarchy):
-        if not _is_count(isolate_level, 0) or isolate_level >= tree.num_levels:
-            faults.append(
-                f"isolate_level must be one of the {tree.num_levels} levels of the tree, counted "
-                f"from 0, got {isolate_level!r}"
-            )
+    levels = tree.num_levels if isinstance(tree, Hierarchy) else 0
+    known = _is_count(isolate_level, 0) and isolate_level in range(levels)
+    if levels and isolate_level is not None and not known:
+        faults.append(
+            f"isolate_level must be one of the tree's levels 0 to {levels - 1}, "
+            f"got {isolate_level!r}"
+        )
     if source is not None:
         pair = isinstance(source, (tuple, list)) and len(source) == 2
         if not pair or not all(_is_count(side, 1) for side in source):

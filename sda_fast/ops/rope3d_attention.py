@@ -84,12 +84,10 @@ def rope3d_attention(
         faults += _axes_faults(q.shape[-1], axes, theta, rotated=q_coords is not None)
     refuse("rope3d_attention", faults)
     require_kernel("rope3d_attention", q.device)
-    if q_coords is None:
-        axes = ()
-    elif axes is None:
+    if q_coords is not None and axes is None:
         axes = default_axes(q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = _forward(q, k, v, q_coords, k_coords, scale, axes, theta)
+    out, lse = _forward(q, k, v, q_coords, k_coords, scale, axes or (), theta)
     return (out, lse) if return_lse else out
 
 
@@ -98,6 +96,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_coords: Tensor | None, k_coords: Tensor | None,
     scale: float, axes: Sequence[int], theta: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # here, not in the checks: under torch.compile values are known only when the op runs
     _refuse_infinite(q_coords, k_coords)
     q_turned, k_turned = _turn(q, q_coords, axes, theta), _turn(k, k_coords, axes, theta)
     out, lse = attention_forward(q_turned, k_turned, v, None, scale)
@@ -110,9 +109,7 @@ def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((b, heads, n), dtype=compute_dtype(q))
 
 
-@torch.library.custom_op(
-    "sda_fast::rope3d_attention_backward", mutates_args=(), device_types="cpu"
-)
+@torch.library.custom_op("sda_fast::rope3d_attention_backward", mutates_args=(), device_types="cpu")
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     q_coords: Tensor | None, k_coords: Tensor | None,
@@ -124,3 +121,72 @@ def _backward(
     dq = _turn(dq, None if q_coords is None else -q_coords, axes, theta)
     dk = _turn(dk, None if k_coords is None else -k_coords, axes, theta)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@_backward.register_fake
+def _(_d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, q_coords, k_coords, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, q_coords, k_coords)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, d_out: Tensor, _d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward(d_out, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _turn(x: Tensor, coords: Tensor | None, axes: Sequence[int], theta: float) -> Tensor:
+    # cast first: a rotation rounded back to half precision would lose what float32 gains
+    x = x.to(compute_dtype(x))
+    return x if coords is None else rope3d(x, coords, axes, theta)
+
+
+def _coords_faults(
+    q: Tensor, k: Tensor, q_coords: Tensor | None, k_coords: Tensor | None
+) -> list[str]:
+    if (q_coords is None) != (k_coords is None):
+        return ["q_coords and k_coords must be given together, or both be None"]
+    faults = []
+    for name, coords, t in (("q_coords", q_coords, q), ("k_coords", k_coords, k)):
+        if coords is None:
+            continue
+        batch, length = t.shape[:2]
+        if coords.shape != (length, 3) and coords.shape != (batch, length, 3):
+            faults.append(
+                f"{name} must be [{length}, 3] or [{batch}, {length}, 3], "
+                f"got shape {tuple(coords.shape)}"
+            )
+        if coords.dtype != torch.float32:
+            faults.append(f"{name} must be float32, got {coords.dtype}")
+        if coords.device != t.device:
+            faults.append(f"{name} must be on the device of q, {t.device}, got {coords.device}")
+        if coords.requires_grad:
+            faults.append(f"{name} must not require a gradient: the operator gives none")
+    return faults
+
+
+def _axes_faults(
+    head_dim: int, axes: tuple[int, int, int] | None, theta: float, rotated: bool
+) -> list[str]:
+    faults = [] if theta > 0 else [f"theta must be positive, got {theta}"]
+    if axes is None:
+        if rotated and head_dim % 16:
+            faults.append(f"axes must be given for D = {head_dim}, not a multiple of 16")
+    elif len(axes) != 3 or any(size < 0 or size % 2 for size in axes) or sum(axes) != head_dim:
+        faults.append(f"axes must be 3 even sizes with the sum D = {head_dim}, got {axes}")
+    return faults
+
+
+def _refuse_infinite(q_coords: Tensor | None, k_coords: Tensor | None) -> None:
+    faults = [
+        f"{name} must be finite, got inf or NaN"
+        for name, coords in (("q_coords", q_coords), ("k_coords", k_coords))
+        if coords is not None and not coords.isfinite().all()
+    ]
+    refuse("rope3d_attention", faults)

@@ -1,0 +1,364 @@
+"""The semantic adapter: patch features of a picture in, a semantic embedding out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.import_utils import is_accelerate_available
+from torch import Tensor, nn
+
+from sda_fast.coords import patch_coords
+from sda_fast.embedding import SemanticEmbedding
+from sda_fast.hierarchy import Hierarchy
+from sda_fast.images import Images, group_by_size
+from sda_fast.qformer import QFormer, RMSNorm
+from sda_fast.weights import (
+    check_weights,
+    read_config,
+    read_safetensors,
+    resolve_folder,
+    write_safetensors,
+)
+
+if TYPE_CHECKING:
+    from sda_fast.encoders import ImageEncoder
+
+ENCODER_FILE = "encoder_layers.safetensors"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named configuration and the encoders it was made for.
+
+    Attributes:
+        config: arguments of ``SemanticAdapter``.
+        clip: hub id of the contrastive encoder.
+        dino: hub id of the self-supervised encoder.
+        size: side in pixels of a square input to both.
+        squash: whether pictures are squeezed into that square.
+    """
+
+    config: dict[str, Any] = field(hash=False)
+    clip: str
+    dino: str
+    size: int
+    squash: bool = False
+
+
+PRESETS = {
+    "reference": Preset(
+        config={
+            "tokens_per_node": (32, 8, 4),
+            "in_features": 1280 + 1024,
+            "width": 1024,
+            "num_layers": 12,
+            "num_heads": 16,
+            "out_features": 4096,
+            "pooled_features": 768,
+        },
+        clip="apple/DFN5B-CLIP-ViT-H-14-378",
+        dino="facebook/dinov2-large",
+        size=378,
+    )
+}
+
+
+class SemanticAdapter(ModelMixin, ConfigMixin):
+    """Patch features -> two-layer MLP -> QFormer -> Linear and RMSNorm: one vector a position.
+
+    The encoder that makes the features is attached with ``set_encoder`` and stays outside the
+    state dict and ``parameters()``; only layers of it that were opened for training are saved, in
+    a file of their own. ``.to`` takes an attached encoder along.
+
+    Args:
+        tokens_per_node: of the ``Hierarchy`` of the output.
+        in_features: F, channels of a patch: both encoders together.
+        width: of the QFormer.
+        num_layers: of the QFormer.
+        num_heads: of the QFormer; divides width into an even head dim.
+        out_features: C, channels of a position: what the decoder takes as txt (4096 in FLUX).
+        cross_attention_every: layers 0, k, 2k, ... of the QFormer read the patches.
+        cross_attention_rope: rotate the cross-attention by (level, y, x).
+        self_attention_rope: rotate the self-attention too.
+        pooled_features: P, width of the pooled vector handed to every embedding (768 in FLUX),
+            stored as the buffer ``pooled`` [P], zeros until it is set; None for no such vector.
+
+    Raises:
+        ValueError: a size that cannot be; the message names it.
+    """
+
+    config_name = "config.json"
+    _supports_gradient_checkpointing = True
+    _no_split_modules: list[str] = ["QFormerLayer"]  # noqa: RUF012 (as ModelMixin declares it)
+
+    @register_to_config
+    def __init__(
+        self,
+        tokens_per_node: Sequence[int] = (32, 8, 4),
+        in_features: int = 2304,
+        width: int = 1024,
+        num_layers: int = 12,
+        num_heads: int = 16,
+        out_features: int = 4096,
+        cross_attention_every: int = 1,
+        cross_attention_rope: bool = True,
+        self_attention_rope: bool = False,
+        pooled_features: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.tree = Hierarchy(tuple(tokens_per_node))
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if pooled_features is not None and pooled_features < 1:
+            raise ValueError(f"pooled_features must be None or at least 1, got {pooled_features}")
+        self.norm_in = RMSNorm(in_features)
+        self.mlp = nn.Sequential(nn.Linear(in_features, width), nn.GELU(), nn.Linear(width, width))
+        self.qformer = QFormer(
+            self.tree.num_tokens,
+            width,
+            num_layers,
+            num_heads,
+            cross_attention_every,
+            cross_attention_rope,
+            self_attention_rope,
+        )
+        self.proj_out = nn.Linear(width, out_features)
+        self.norm_out = RMSNorm(out_features)
+        pooled = None if pooled_features is None else torch.zeros(pooled_features)
+        self.register_buffer("pooled", pooled)
+        self._encoder: list[ImageEncoder] = []  # a list hides it from nn.Module
+        self._encoder_layers: dict[str, Tensor] = {}  # read from a folder, waiting for an encoder
+
+    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Turn the features of B pictures with one patch grid into embedding positions.
+
+        Args:
+            features: [B, S, F], float, patches in raster order.
+            grid: (h, w) in patches, S = h * w.
+
+        Returns:
+            [B, N, C], in the dtype of the weights.
+
+        Raises:
+            ValueError: features do not fit the adapter or the grid.
+        """
+        h, w = grid
+        if features.ndim != 3 or features.shape[2] != self.in_features:
+            raise ValueError(
+                f"features must be [B, S, {self.in_features}], got {tuple(features.shape)}"
+            )
+        if features.shape[1] != h * w:
+            raise ValueError(f"features must hold {h} x {w} patches, got {features.shape[1]}")
+        device = features.device
+        q_coords = self.tree.token_coords(h, w).to(device)
+        k_coords = patch_coords(h, w).to(device)
+        patches = self.mlp(self.norm_in(features.to(self.proj_out.weight.dtype)))
+        x = self.qformer(patches, q_coords, k_coords)
+        return self.norm_out(self.proj_out(x))
+
+    @property
+    def in_features(self) -> int:
+        """F, channels of a patch."""
+        return self.mlp[0].in_features
+
+    @property
+    def encoder(self) -> "ImageEncoder | None":
+        """The attached encoder, or None."""
+        return self._encoder[0] if self._encoder else None
+
+    def set_encoder(self, encoder: "ImageEncoder | None") -> None:
+        """Attach the encoder that ``encode`` uses; None takes it off.
+
+        Layers that were opened in training and saved with the adapter are loaded into it.
+
+        Raises:
+            ValueError: its features are not as wide as the adapter's input, or the saved layers
+                are not of such an encoder.
+        """
+        if encoder is None:
+            self._encoder = []
+            return
+        if encoder.out_features != self.in_features:
+            raise ValueError(
+                f"encoder must give {self.in_features} features a patch, "
+                f"got one that gives {encoder.out_features}"
+            )
+        if self._encoder_layers:
+            encoder.load_open_layers(self._encoder_layers)
+            self._encoder_layers = {}
+        self._encoder = [encoder]
+
+    @torch.no_grad()
+    def encode(self, images: Images) -> SemanticEmbedding:
+        """Turn pictures into their embedding.
+
+        Args:
+            images: a PIL image, a path, a list of these in any sizes, or a float tensor
+                [B, 3, H, W] in [0, 1]. Pictures of one size go through together.
+
+        Returns:
+            B embeddings in the order given, on the adapter's device and in its dtype, with the
+            adapter's pooled vector if it has one.
+
+        Raises:
+            ValueError: no encoder is attached, the list is empty, or a picture cannot be used.
+        """
+        if self.encoder is None:
+            raise ValueError("the adapter has no encoder: attach one with set_encoder(encoder)")
+        rows: list[int] = []
+        batches: list[Tensor] = []
+        for places, pixels in group_by_size(images):
+            features, grid = self.encoder(pixels)
+            batches.append(self(features.to(self.device), grid))
+            rows += places
+        tokens = torch.cat(batches)[torch.tensor(rows).argsort().to(self.device)]
+        pooled = None if self.pooled is None else self.pooled.expand(len(rows), -1)
+        return SemanticEmbedding(tokens, self.tree, pooled)
+
+    @torch.no_grad()
+    def grow(self, tree: Hierarchy, noise: float = 0.05, seed: int = 0) -> Tensor:
+        """Give the adapter more positions, in place; what it had stays bit for bit.
+
+        A new position of a node starts as one of the node's own queries or, where it had none, of
+        its nearest ancestor's, plus noise. The parameter ``qformer.queries`` is replaced, so
+        an optimizer must be told: rows of its state move as the result says.
+
+        Args:
+            tree: the new hierarchy: no fewer levels, no fewer positions a node in any of them.
+            noise: standard deviation of the noise, in units of the copied queries' RMS.
+            seed: of the noise.
+
+        Returns:
+            [N_old] int64: where each old position is now.
+
+        Raises:
+            ValueError: tree is smaller somewhere, or noise is negative.
+        """
+        old = self.tree
+        known = old.tokens_per_node
+        if tree.num_levels < old.num_levels or any(
+            new < had for had, new in zip(known, tree.tokens_per_node, strict=False)
+        ):
+            raise ValueError(
+                f"tree must not shrink any level of {known}, got {tree.tokens_per_node}"
+            )
+        if noise < 0:
+            raise ValueError(f"noise must not be negative, got {noise}")
+        queries = self.qformer.queries
+        kept, source = _plan_growth(old, tree)
+        grown = queries[source.to(queries.device)]
+        generator = torch.Generator().manual_seed(seed)
+        jitter = torch.randn(grown.shape, generator=generator).to(grown)
+        rms = grown.square().mean(dim=-1, keepdim=True).sqrt()
+        grown += noise * rms * jitter
+        grown[kept.to(queries.device)] = queries
+        self.qformer.queries = nn.Parameter(grown, requires_grad=queries.requires_grad)
+        self.tree = tree
+        self.register_to_config(tokens_per_node=tree.tokens_per_node)
+        return kept
+
+    @classmethod
+    def from_preset(cls, name: str = "reference") -> "SemanticAdapter":
+        """A new adapter with random weights, in the configuration of ``PRESETS[name]``.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"name must be one of {sorted(PRESETS)}, got {name!r}")
+        return cls(**PRESETS[name].config)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """Write config.json, the weights and, if any were opened, the encoder's open layers.
+
+        Args:
+            save_directory: created if it is not there.
+            kwargs: of ``ModelMixin.save_pretrained``.
+
+        Raises:
+            ValueError: ``safe_serialization=False``: no pickle is written.
+        """
+        if not kwargs.get("safe_serialization", True):
+            raise ValueError("safe_serialization must stay True: no pickle is written")
+        super().save_pretrained(save_directory, **kwargs)
+        layers = self.encoder.open_layers() if self.encoder is not None else self._encoder_layers
+        path = Path(save_directory) / ENCODER_FILE
+        if layers:
+            write_safetensors(path, layers)
+        else:
+            path.unlink(missing_ok=True)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str] | None, **kwargs: Any
+    ) -> "SemanticAdapter":
+        """Load what ``save_pretrained`` wrote; the encoder is attached afterwards.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a hub id.
+            kwargs: of ``ModelMixin.from_pretrained``: ``dtype`` or ``torch_dtype``, ``subfolder``,
+                ``local_files_only``, ``device_map`` ...
+
+        Raises:
+            ValueError: the config is another model's, the weights are pickled, truncated or
+                foreign, or they do not fit the config.
+            OSError: there is no such folder, or the hub is out of reach.
+        """
+        if pretrained_model_name_or_path is None:
+            raise ValueError("pretrained_model_name_or_path must be a folder or a hub id, got None")
+        path = pretrained_model_name_or_path
+        folder = resolve_folder(path, "adapter", kwargs.pop("local_files_only", None) or False)
+        folder = folder / (kwargs.pop("subfolder", None) or "")
+        _check_folder(folder, cls.__name__)
+        with_info = kwargs.pop("output_loading_info", False)
+        dtype = kwargs.pop("dtype", None)
+        if dtype is not None:
+            kwargs["torch_dtype"] = dtype
+        kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
+        model, info = super().from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+        faults = {name: found for name, found in info.items() if found}
+        if faults:
+            raise ValueError(f"adapter: the weights in {folder} do not fit its config: {faults}")
+        model.register_to_config(_name_or_path=str(path) if not Path(path).exists() else "")
+        if (folder / ENCODER_FILE).is_file():
+            model._encoder_layers = read_safetensors(folder / ENCODER_FILE)
+        return (model, info) if with_info else model
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "SemanticAdapter":
+        super()._apply(fn, recurse)
+        if self.encoder is not None:
+            self.encoder._apply(fn, recurse)
+        return self
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Refuse a folder that holds another model or unsafe or torn weights."""
+    found = read_config(folder, "adapter").get("_class_name")
+    if found != name:
+        raise ValueError(f"adapter: {folder} must hold a {name}, got the config of {found!r}")
+    check_weights(folder, "adapter")
+
+
+def _plan_growth(old: Hierarchy, new: Hierarchy) -> tuple[Tensor, Tensor]:
+    """(where each old position goes [N_old], which old query each new position copies [N_new])."""
+    kept: list[int] = []
+    source: list[int] = []
+    own: dict[tuple[int, int, int], list[int]] = {}
+    for node in new.nodes():
+        place = node.level, node.row, node.col
+        inherited = own.get((node.level - 1, node.row // 2, node.col // 2))
+        had = old.node(node.path) if node.level < old.num_levels else None
+        mine = list(range(had.start, had.stop)) if had is not None else []
+        kept += [node.start + i for i in range(len(mine))]
+        # a tree whose root holds nothing has no ancestor to copy: any old query will do
+        own[place] = mine or inherited or list(range(old.num_tokens))
+        source += [own[place][i % len(own[place])] for i in range(node.stop - node.start)]
+    return torch.tensor(kept), torch.tensor(source)

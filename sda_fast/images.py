@@ -1,0 +1,164 @@
+"""Pictures in and out: files and PIL images to tensors and back."""
+
+import struct
+from collections.abc import Iterator, Sequence
+from os import PathLike, fspath
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MAX_PIXELS = 178_956_970  # where Pillow itself speaks of a decompression bomb
+
+Picture = str | PathLike[str] | Image.Image
+Images = Picture | Sequence[Picture] | Tensor
+
+
+def load_image(picture: Picture) -> Image.Image:
+    """Read a picture whole, upright, as RGB.
+
+    The EXIF orientation is applied, transparency laid over white, 16-bit grey brought to 8 bits;
+    of an animation the current frame is taken (the first, for a file).
+
+    Args:
+        picture: a file, or a PIL image, which is not changed.
+
+    Returns:
+        A decoded RGB image.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no picture, truncated, of a mode without a range (32-bit or float), or
+            has more than ``MAX_PIXELS`` pixels (refused before anything is decoded). The message
+            names the file.
+    """
+    if isinstance(picture, Image.Image):
+        return _to_rgb(picture, getattr(picture, "filename", "") or "the image")
+    if not isinstance(picture, str | PathLike):
+        raise ValueError(f"picture must be a path or a PIL image, got {type(picture).__name__}")
+    name = fspath(picture)
+    try:
+        with Image.open(picture) as image:
+            return _to_rgb(image, name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"picture must be a file, got {name}, not there") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} must have at most {MAX_PIXELS:,} pixels: {error}") from error
+    except (Image.UnidentifiedImageError, IsADirectoryError) as error:
+        raise ValueError(f"{name} is not a picture that Pillow can read") from error
+
+
+def to_tensor(images: Images) -> Tensor:
+    """Pictures of one size as a batch.
+
+    Args:
+        images: a path or PIL image, a sequence of these, or a tensor, which is checked and
+            returned as it is.
+
+    Returns:
+        [B, 3, H, W] in [0, 1]; f32, or the floating dtype of the tensor given.
+
+    Raises:
+        ValueError: there is none, they differ in size, or a tensor is no such batch.
+        FileNotFoundError: a file is not there.
+    """
+    groups = list(group_by_size(images))
+    sizes = sorted({tuple(pixels.shape[-2:]) for _, pixels in groups})
+    if len(sizes) > 1:
+        raise ValueError(f"images must have one size, got (height, width) {sizes}")
+    return torch.cat([pixels for _, pixels in groups]) if len(groups) > 1 else groups[0][1]
+
+
+def group_by_size(images: Images, at_most: int = 32) -> Iterator[tuple[list[int], Tensor]]:
+    """Cut pictures into batches of one size.
+
+    Args:
+        images: as in ``to_tensor``, but the sizes may differ.
+        at_most: pictures in a batch.
+
+    Yields:
+        (places in images, pixels [B, 3, H, W] in [0, 1]); every picture comes once.
+
+    Raises:
+        ValueError: images is empty, or something in it is no picture.
+        FileNotFoundError: a file is not there.
+    """
+    if isinstance(images, Tensor):
+        _check_pixels(images)
+        for start in range(0, len(images), at_most):
+            pixels = images[start : start + at_most]
+            yield list(range(start, start + len(pixels))), pixels
+        return
+    pictures = _as_pictures(images)
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for place, picture in enumerate(pictures):
+        by_size.setdefault(picture.size, []).append(place)
+    for places in by_size.values():
+        for start in range(0, len(places), at_most):
+            rows = places[start : start + at_most]
+            yield rows, torch.stack([_pixels(pictures[row]) for row in rows])
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """Turn [B, 3, H, W] into B RGB images; values outside [0, 1] are clipped.
+
+    Raises:
+        ValueError: pixels is not a float tensor of that shape.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+        raise ValueError(
+            f"pixels must be float [B, 3, H, W], got {pixels.dtype} {tuple(pixels.shape)}"
+        )
+    levels = (pixels.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(sample) for sample in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _as_pictures(images: Picture | Sequence[Picture]) -> list[Image.Image]:
+    if isinstance(images, str | PathLike | Image.Image):
+        return [load_image(images)]
+    if not isinstance(images, Sequence):
+        raise ValueError(
+            f"images must be a path, a PIL image, a sequence of these or a tensor, "
+            f"got {type(images).__name__}"
+        )
+    if not images:
+        raise ValueError("images must hold at least one picture, got an empty sequence")
+    return [load_image(picture) for picture in images]
+
+
+def _check_pixels(pixels: Tensor) -> None:
+    if not pixels.is_floating_point() or pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(
+            f"images must be a float tensor [B, 3, H, W], got {pixels.dtype} {tuple(pixels.shape)}"
+        )
+    if 0 in pixels.shape:
+        raise ValueError(f"images must hold at least one pixel, got shape {tuple(pixels.shape)}")
+    low, high = (v.item() for v in pixels.detach().aminmax())
+    # NaN fails the comparison too
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"images must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    """RGB image -> [3, H, W] f32 in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{name} must have at most {MAX_PIXELS:,} pixels, got {width} x {height}")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{name} must be an 8- or 16-bit picture, got Pillow mode {image.mode!r}")
+    try:
+        image.load()  # opening reads the header alone: a torn file shows only here
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise ValueError(f"{name} is damaged or truncated: {error}") from error
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
