@@ -94,7 +94,6 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
 
     config_name = "config.json"
     _supports_gradient_checkpointing = True
-    _no_split_modules: list[str] = ["QFormerLayer"]  # noqa: RUF012 (as ModelMixin declares it)
 
     @register_to_config
     def __init__(
@@ -117,6 +116,7 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if pooled_features is not None and pooled_features < 1:
             raise ValueError(f"pooled_features must be None or at least 1, got {pooled_features}")
+        self.in_features = in_features
         self.norm_in = RMSNorm(in_features)
         self.mlp = nn.Sequential(nn.Linear(in_features, width), nn.GELU(), nn.Linear(width, width))
         self.qformer = QFormer(
@@ -163,11 +163,6 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         return self.norm_out(self.proj_out(x))
 
     @property
-    def in_features(self) -> int:
-        """F, channels of a patch."""
-        return self.mlp[0].in_features
-
-    @property
     def encoder(self) -> "ImageEncoder | None":
         """The attached encoder, or None."""
         return self._encoder[0] if self._encoder else None
@@ -190,7 +185,7 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
                 f"got one that gives {encoder.out_features}"
             )
         if self._encoder_layers:
-            encoder.load_open_layers(self._encoder_layers)
+            encoder.load_trained_layers(self._encoder_layers)
             self._encoder_layers = {}
         self._encoder = [encoder]
 
@@ -209,12 +204,13 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         Raises:
             ValueError: no encoder is attached, the list is empty, or a picture cannot be used.
         """
-        if self.encoder is None:
+        encoder = self.encoder
+        if encoder is None:
             raise ValueError("the adapter has no encoder: attach one with set_encoder(encoder)")
         rows: list[int] = []
         batches: list[Tensor] = []
         for places, pixels in group_by_size(images):
-            features, grid = self.encoder(pixels)
+            features, grid = encoder(pixels)
             batches.append(self(features.to(self.device), grid))
             rows += places
         tokens = torch.cat(batches)[torch.tensor(rows).argsort().to(self.device)]
@@ -274,6 +270,7 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
             raise ValueError(f"name must be one of {sorted(PRESETS)}, got {name!r}")
         return cls(**PRESETS[name].config)
 
+    # pyrefly: ignore[bad-override]
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write config.json, the weights and, if any were opened, the encoder's open layers.
 
@@ -287,7 +284,10 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         if not kwargs.get("safe_serialization", True):
             raise ValueError("safe_serialization must stay True: no pickle is written")
         super().save_pretrained(save_directory, **kwargs)
-        layers = self.encoder.open_layers() if self.encoder is not None else self._encoder_layers
+        if not kwargs.get("is_main_process", True):
+            return
+        encoder = self.encoder
+        layers = self._encoder_layers if encoder is None else encoder.trained_layers()
         path = Path(save_directory) / ENCODER_FILE
         if layers:
             write_safetensors(path, layers)
@@ -316,7 +316,6 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         folder = resolve_folder(path, "adapter", kwargs.pop("local_files_only", None) or False)
         folder = folder / (kwargs.pop("subfolder", None) or "")
         _check_folder(folder, cls.__name__)
-        with_info = kwargs.pop("output_loading_info", False)
         dtype = kwargs.pop("dtype", None)
         if dtype is not None:
             kwargs["torch_dtype"] = dtype
@@ -330,7 +329,7 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         model.register_to_config(_name_or_path=str(path) if not Path(path).exists() else "")
         if (folder / ENCODER_FILE).is_file():
             model._encoder_layers = read_safetensors(folder / ENCODER_FILE)
-        return (model, info) if with_info else model
+        return model
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "SemanticAdapter":
         super()._apply(fn, recurse)
