@@ -80,7 +80,7 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         in_features: F, channels of a patch: both encoders together.
         width: of the QFormer.
         num_layers: of the QFormer.
-        num_heads: of the QFormer; divides width into an even head dim.
+        num_heads: of the QFormer; divides width into a head dim that is a multiple of 16.
         out_features: C, channels of a position: what the decoder takes as txt (4096 in FLUX).
         cross_attention_every: layers 0, k, 2k, ... of the QFormer read the patches.
         cross_attention_rope: rotate the cross-attention by (level, y, x).
@@ -320,12 +320,15 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         if dtype is not None:
             kwargs["torch_dtype"] = dtype
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
-        model, info = super().from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **kwargs
+            )
+        except (RuntimeError, ValueError) as error:  # a size mismatch is either of them
+            raise _misfit(folder, error) from error
         faults = {name: found for name, found in info.items() if found}
         if faults:
-            raise ValueError(f"adapter: the weights in {folder} do not fit its config: {faults}")
+            raise _misfit(folder, faults)
         model.register_to_config(_name_or_path=str(path) if not Path(path).exists() else "")
         if (folder / ENCODER_FILE).is_file():
             model._encoder_layers = read_safetensors(folder / ENCODER_FILE)
@@ -344,6 +347,10 @@ def _check_folder(folder: Path, name: str) -> None:
     if found != name:
         raise ValueError(f"adapter: {folder} must hold a {name}, got the config of {found!r}")
     check_weights(folder, "adapter")
+
+
+def _misfit(folder: Path, reason: object) -> ValueError:
+    return ValueError(f"adapter: {folder} holds weights that do not fit its config: {reason}"[:600])
 
 
 def _plan_growth(old: Hierarchy, new: Hierarchy) -> tuple[Tensor, Tensor]:

@@ -25,14 +25,15 @@ class QFormer(nn.Module):
         num_queries: N, embedding positions.
         width: C, of queries and patches alike.
         num_layers: how many layers.
-        num_heads: must divide width into an even head dim.
+        num_heads: must divide width; where something rotates, into a head dim that the ratio 2:3:3
+            of the axes level, y, x fits: a multiple of 16.
         cross_attention_every: layers 0, k, 2k, ... read the patches; 1 is every layer.
         cross_attention_rope: False leaves cross-attention without rotation: a query then has no
             place of its own.
         self_attention_rope: rotate the self-attention too.
 
     Raises:
-        ValueError: a size is below 1, or num_heads does not divide width into an even head dim.
+        ValueError: a size is below 1, or num_heads does not divide width as it must.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class QFormer(nn.Module):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if width % num_heads or width // num_heads % 2:
+        unit = 16 if cross_attention_rope or self_attention_rope else 1
+        if width % (num_heads * unit):
             raise ValueError(
-                f"num_heads must divide width into an even head dim, got {num_heads} and {width}"
+                f"num_heads must divide width into a head dim that is a multiple of {unit}, "
+                f"got {num_heads} and {width}"
             )
         self.cross_attention_rope = cross_attention_rope
         self.self_attention_rope = self_attention_rope

@@ -1,15 +1,20 @@
 """``python -m train RECIPE [--set key=value ...]``: run or resume a training run."""
 
-from typing import Annotated
+from difflib import get_close_matches
+from typing import Annotated, NoReturn
 
 import typer
 
-from train.config import TrainConfig, override
-from train.loop import train
+from train.config import AdapterConfig, TrainConfig, override
 from train.recipes import RECIPES
 from train.stage import Stage
 
+EXPORT = "export-scenes"
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     recipe: Annotated[str | None, typer.Argument(help="A name from --list.")] = None,
     assignments: Annotated[
@@ -17,19 +22,48 @@ def main(
     ] = None,
     list_recipes: Annotated[bool, typer.Option("--list", help="Explain each recipe.")] = False,
 ) -> None:
-    """Run a recipe; started again, it resumes from its newest checkpoint."""
+    """Run a recipe; started again, it resumes from its newest checkpoint.
+
+    Exit codes: 0 finished, 1 something it needs is missing or broken, 2 bad usage.
+    """
     if list_recipes or recipe is None:
         for name, make in RECIPES.items():
             print(f"{name:16} {(make.__doc__ or '').splitlines()[0]}")
+        print(f"{EXPORT:16} Gather the finished scenes runs as the model that ships.")
         raise typer.Exit(0 if list_recipes else 2)
+    if recipe == EXPORT:
+        _export(assignments or [])
+        return
     if recipe not in RECIPES:
-        raise typer.BadParameter(f"no recipe {recipe!r}; there are: {', '.join(RECIPES)}")
+        near = get_close_matches(recipe, RECIPES) or list(RECIPES)
+        _fail(f"no recipe {recipe!r}; near: {', '.join(near)}", 2)
     try:
         config = override(RECIPES[recipe](), assignments or [])
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    train(config, build_stage(config))
+        _fail(str(error), 2)
+    from train.loop import train
+
+    try:
+        train(config, build_stage(config))
+    except (OSError, ValueError, FloatingPointError) as error:
+        _fail(f"{recipe}: {error}", 1)
     print(f"finished: {config.folder / 'export'}")
+
+
+def _export(assignments: list[str]) -> None:
+    from train.scenes_export import export_scenes
+
+    try:
+        runs = override(RECIPES["scenes-text"](), assignments).out_dir
+        written = export_scenes(runs)
+    except (OSError, ValueError) as error:
+        _fail(f"{EXPORT}: {error}", 1)
+    print(f"finished: {written / 1e6:.1f} MB")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
 
 
 def build_stage(config: TrainConfig) -> Stage:
@@ -38,14 +72,19 @@ def build_stage(config: TrainConfig) -> Stage:
         from train.scenes_text import TextStage
 
         return TextStage(config)
-    if config.stage in ("clip", "dino"):
-        from train.scenes_encoders import ClipStage, DinoStage
+    if config.stage == "clip":
+        from train.scenes_encoders import ClipStage
 
-        return (ClipStage if config.stage == "clip" else DinoStage)(config)
+        return ClipStage(config)
+    if config.stage == "dino":
+        from train.scenes_encoders import DinoStage
+
+        return DinoStage(config)
     from train.scenes_adapter import AdapterStage
 
+    assert isinstance(config, AdapterConfig)
     return AdapterStage(config)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -28,7 +28,9 @@ def save_checkpoint(
     part = folder / f".step-{step:06d}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    save_file({k: t.detach().clone().contiguous() for k, t in tensors.items()}, part / "state.safetensors")
+    save_file(
+        {k: t.detach().clone().contiguous() for k, t in tensors.items()}, part / "state.safetensors"
+    )
     (part / "meta.json").write_text(json.dumps({"step": step}))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(part, target)

@@ -76,7 +76,9 @@ def override(config: TrainConfig, assignments: list[str]) -> TrainConfig:
             raise ValueError(f"--set takes key=value, got {assignment!r}")
         if key not in {f.name for f in fields(config)}:
             near = get_close_matches(key, known) or sorted(known)
-            raise ValueError(f"unknown key {key!r} of recipe {config.name}; near: {', '.join(near)}")
+            raise ValueError(
+                f"unknown key {key!r} of recipe {config.name}; near: {', '.join(near)}"
+            )
         changes[key] = _read(key, text, known[key])
     return replace(config, **changes)
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -77,11 +78,11 @@ def _step(
 
 @torch.no_grad()
 def _update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    averages, values = list(ema.parameters()), list(model.parameters())
-    torch._foreach_lerp_(averages, values, 1 - decay)
+    for average, value in zip(ema.parameters(), model.parameters(), strict=True):
+        average.lerp_(value, 1 - decay)
 
 
-def _with_weights(stage: Stage, ema: nn.Module, act) -> None:  # noqa: ANN001
+def _with_weights(stage: Stage, ema: nn.Module, act: Callable[[], None]) -> None:
     """Call act while the stage holds the averaged weights."""
     own = {k: t.clone() for k, t in stage.trained.state_dict().items()}
     stage.trained.load_state_dict(ema.state_dict())

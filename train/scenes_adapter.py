@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor
 from transformers import CLIPVisionModel, Dinov2Model
 
 from sda_fast.adapter import SemanticAdapter
-from sda_fast.encoders import ImageEncoder
+from sda_fast.encoders import HALF, ImageEncoder
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.scenes.models import PATCH, POOLED
 from sda_fast.scenes.vae import SpaceToDepthVAE
@@ -32,8 +32,10 @@ class AdapterStage:
             CLIPVisionModel.from_pretrained(require(config.clip, "clip")),
             Dinov2Model.from_pretrained(require(config.dino, "dino")),
             size=self.world.size,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
+            clip_mean=HALF,
+            clip_std=HALF,
+            dino_mean=HALF,
+            dino_std=HALF,
         )
         tree = Hierarchy(config.tokens_per_node)
         side = self.world.size // PATCH
@@ -82,7 +84,7 @@ class AdapterStage:
 def load_flux(folder: Path) -> FluxPipeline:
     """Load the frozen decoder; nothing in it takes gradients."""
     vae = SpaceToDepthVAE.from_pretrained(require(folder, "flux") / "vae")
-    flux = FluxPipeline.from_pretrained(folder, vae=vae)
+    flux = FluxPipeline.from_pretrained(folder, vae=vae, text_encoder=None, tokenizer=None)
     for module in (flux.transformer, flux.text_encoder_2):
         module.requires_grad_(False).eval()
     return flux

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
 
 from sda_fast.scenes.captions import caption

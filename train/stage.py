@@ -17,8 +17,10 @@ WORLDS: dict[str, World] = {"small": SMALL, "full": FULL}
 class Stage(Protocol):
     """One thing to train. Randomness of a step comes from its seed alone, so a run can resume."""
 
-    trained: nn.Module
-    """What the optimizer, the EMA and the checkpoints hold."""
+    @property
+    def trained(self) -> nn.Module:
+        """What the optimizer, the EMA and the checkpoints hold."""
+        ...
 
     def losses(self, seed: int) -> dict[str, Tensor]:
         """Draw the batch of this seed; "loss" is what is minimised, the rest is logged."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sda_fast.scenes.world import COLORS, SHAPES, SIZES, TONES, BACKGROUNDS, Scene, SceneObject
+from sda_fast.scenes.world import BACKGROUNDS, COLORS, SHAPES, SIZES, TONES, Scene, SceneObject
 
 CELLS = 16
 """Places are named as on a chess board of CELLS x CELLS: column letter, row number from 1, top."""

@@ -22,10 +22,15 @@ def render(scenes: list[Scene], size: int) -> Tensor:
 
     Returns:
         [B, 3, size, size] f32 in [0, 1]. Edges are one pixel wide.
+
+    Raises:
+        ValueError: there are no scenes, or size is below 1.
     """
+    if not scenes or size < 1:
+        raise ValueError(
+            f"scenes must hold a scene and size be at least 1, got {len(scenes)} and {size}"
+        )
     picture = _backgrounds(scenes, size)
-    if not scenes or not any(scene.objects for scene in scenes):
-        return picture
     most = max(len(scene.objects) for scene in scenes)
     for slot in range(most):
         rows = [i for i, scene in enumerate(scenes) if len(scene.objects) > slot]
@@ -114,6 +119,14 @@ def _backgrounds(scenes: list[Scene], size: int) -> Tensor:
     # anti-aliased: a triangle wave, steepened until its edges are one pixel wide
     wave = ((x + y) / STRIPE * 2) % 2 - 1
     stripes = ((0.5 - wave.abs()) * STRIPE / 2 * size * math.sqrt(0.5) + 0.5).clamp(0, 1)
-    amount = {"plain": torch.zeros(size, size), "gradient": y.expand(size, size), "striped": stripes}
-    share = torch.stack([amount[s.background] for s in scenes]) if scenes else torch.empty(0, size, size)
+    amount = {
+        "plain": torch.zeros(size, size),
+        "gradient": y.expand(size, size),
+        "striped": stripes,
+    }
+    share = (
+        torch.stack([amount[s.background] for s in scenes])
+        if scenes
+        else torch.empty(0, size, size)
+    )
     return (tone * (1 + (LIGHTER - 1) * share[:, None])).clamp(0, 1)

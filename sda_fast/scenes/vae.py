@@ -54,9 +54,7 @@ class SpaceToDepthVAE(ModelMixin, ConfigMixin):
         # a model without weights has neither dtype nor device
         self.register_buffer("anchor", torch.zeros(1))
 
-    def encode(
-        self, x: Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[_Certain]:
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[_Certain]:
         """[B, 3, H, W] in [-1, 1] -> a distribution over [B, 12, H / 2, W / 2]."""
         latents = _Certain(nn.functional.pixel_unshuffle(x, 2))
         return AutoencoderKLOutput(latent_dist=latents) if return_dict else (latents,)

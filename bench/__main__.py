@@ -1,0 +1,28 @@
+"""``python -m bench SUITE [options]``: run one suite, or write the README's tables anew."""
+
+import sys
+from importlib import import_module
+
+import typer
+
+SUITES = {
+    "quality": "how well the shipped model rebuilds unseen scenes",
+    "report": "write the README's tables from bench/results",
+}
+"""Modules of bench that have a ``main``; a suite is imported when it runs."""
+
+
+def main(arguments: list[str]) -> None:
+    """Hand the arguments after the suite's name to its ``main``; exits with its status."""
+    if not arguments or arguments[0] not in SUITES:
+        print("usage: python -m bench SUITE [--help]\n")
+        for name, what in SUITES.items():
+            print(f"  {name:8} {what}")
+        sys.exit(0 if arguments in (["--help"], ["-h"]) else 2)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(import_module(f"bench.{arguments[0]}").main)
+    app(arguments[1:], prog_name=f"python -m bench {arguments[0]}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

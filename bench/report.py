@@ -1,0 +1,211 @@
+"""The tables of the README, made from the records in bench/results alone: ``bench report``."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Record = dict[str, Any]
+"""One line of a results file; see bench.quality for what it holds."""
+
+VARIANTS = {
+    "parser_clean": "parser ceiling, clean render",
+    "parser_noise": "parser ceiling, noise σ = 0.05",
+    "caption": "caption ceiling: text → picture",
+    "reconstruction": "**reconstruction from the embedding**",
+    "flat": "flat QFormer: no hierarchy, mask or RoPE",
+    "held_out_pairs": "reconstruction, held-out colour × shape",
+    "held_out_count": "reconstruction, held-out count",
+    "inversion": "prompt inversion, picture by picture",
+    "reconstruction_of_inverted": "reconstruction of those pictures",
+}
+"""Rows of the quality table, in their order."""
+
+METRICS = {
+    "precision": "precision",
+    "recall": "recall",
+    "count": "count",
+    "color": "colour",
+    "shape": "shape",
+    "size": "size",
+    "background": "background",
+    "miou": "layout mIoU",
+    "psnr": "PSNR, dB (secondary)",
+}
+"""Columns of the quality table, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What the reconstruction should reach.
+
+    Attributes:
+        text: how the README names it.
+        metric: a key of METRICS.
+        least: of the metric's mean, or of its lead over the variant ``over``.
+        over: a key of VARIANTS, or None for the metric as it is.
+    """
+
+    text: str
+    metric: str
+    least: float
+    over: str | None = None
+
+
+AIMS = (
+    Aim("layout mIoU", "miou", 0.60),
+    Aim("colour of matched objects", "color", 0.95),
+    Aim("shape of matched objects", "shape", 0.85),
+    Aim("layout mIoU above the flat QFormer", "miou", 0.10, over="flat"),
+)
+
+
+def quality_tables(records: Iterable[Record]) -> str:
+    """The measurements and what became of the aims, in markdown.
+
+    Args:
+        records: of suite "quality", oldest first; the latest of each variant counts, and only if
+            it was measured with the decoder of the latest record of all.
+
+    Raises:
+        ValueError: there are no records.
+    """
+    latest = latest_records(records)
+    return "\n\n".join([_measurements(latest), _aims(latest), _circumstances(latest)])
+
+
+def latest_records(records: Iterable[Record]) -> dict[str, Record]:
+    """The last record of each variant, without those of another decoder than the last of all.
+
+    Raises:
+        ValueError: there are no records.
+    """
+    records = list(records)
+    if not records:
+        raise ValueError("records must hold at least one record, got none")
+    decoder = records[-1]["decoder"]
+    return {r["variant"]: r for r in records if r["decoder"] == decoder}
+
+
+def _measurements(latest: dict[str, Record]) -> str:
+    rows = [
+        [label, str(latest[variant]["n"])]
+        + [_value(latest[variant]["metrics"].get(metric), metric) for metric in METRICS]
+        for variant, label in VARIANTS.items()
+        if variant in latest
+    ]
+    return _table(["", "scenes", *METRICS.values()], rows)
+
+
+def _value(metric: dict[str, float] | None, name: str) -> str:
+    """Mean and half the width of the 95 % interval."""
+    if metric is None:
+        return "–"
+    digits = 1 if name == "psnr" else 3
+    half = (metric["high"] - metric["low"]) / 2
+    return f"{metric['mean']:.{digits}f} ±{half:.{digits}f}"
+
+
+def _aims(latest: dict[str, Record]) -> str:
+    rows = []
+    for aim in AIMS:
+        found = _mean(latest, "reconstruction", aim.metric)
+        if aim.over is not None and found is not None:
+            base = _mean(latest, aim.over, aim.metric)
+            found = None if base is None else found - base
+        verdict = "not measured" if found is None else "met" if found >= aim.least else "missed"
+        measured = "–" if found is None else f"{found:.3f}"
+        rows.append([aim.text, f"≥ {aim.least:.2f}", measured, verdict])
+    return _table(["aim of the reconstruction", "wanted", "measured", ""], rows)
+
+
+def _mean(latest: dict[str, Record], variant: str, metric: str) -> float | None:
+    found = latest.get(variant, {}).get("metrics", {}).get(metric)
+    return None if found is None else found["mean"]
+
+
+def _circumstances(latest: dict[str, Record]) -> str:
+    last = list(latest.values())[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    commits = ", ".join(sorted({r["commit"] for r in latest.values()}))
+    drawn = sorted({(r["seeds"], r["steps"]) for r in latest.values() if r["steps"]})
+    how = "; ".join(f"{seeds} noise seeds of {steps} steps" for seeds, steps in drawn)
+    return (
+        f"Unseen scenes, {how or 'no pictures drawn'}; ± is half of a 95 % bootstrap interval over "
+        f"scenes. Decoder {last['decoder']}, {versions}, commit {commits}."
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+SECTIONS: dict[str, Callable[[Iterable[Record]], str]] = {"quality": quality_tables}
+"""Generated sections of the README by the name of their markers and their results file."""
+
+
+def replace_section(text: str, name: str, body: str) -> str:
+    """Put body between ``<!-- generated:name -->`` and ``<!-- /generated:name -->``.
+
+    Raises:
+        ValueError: text does not hold each marker once, in this order.
+    """
+    opening, closing = f"<!-- generated:{name} -->", f"<!-- /generated:{name} -->"
+    before, found, rest = text.partition(opening)
+    _, closed, after = rest.partition(closing)
+    if not (found and closed) or text.count(opening) != 1 or text.count(closing) != 1:
+        raise ValueError(f"the text must hold {opening} and then {closing}, each once")
+    return f"{before}{opening}\n{body}\n{closing}{after}"
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a results file, oldest first.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: a line of it is no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no results at {path}: run `python -m bench {path.stem}` first")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(records[-1], dict):
+            raise ValueError(f"{path}:{number} must be a JSON object, got {line[:40]!r}")
+    return records
+
+
+def main(
+    readme: Annotated[Path, typer.Option(help="The file with the markers.")] = Path("README.md"),
+    results: Annotated[Path, typer.Option(help="The folder of the records.")] = Path(
+        "bench/results"
+    ),
+    check: Annotated[bool, typer.Option(help="Write nothing; exit 1 if it is stale.")] = False,
+) -> None:
+    """Write the README's generated tables anew from the records."""
+    try:
+        old = new = readme.read_text(encoding="utf-8")
+        for name, tables in SECTIONS.items():
+            new = replace_section(new, name, tables(read_records(results / f"{name}.jsonl")))
+    except (OSError, ValueError) as error:
+        print(f"bench report: {error}")
+        raise typer.Exit(2) from error
+    if check and new != old:
+        print(f"bench report: {readme} is stale: run `python -m bench report`")
+        raise typer.Exit(1)
+    if not check:
+        partial = readme.with_name(f".{readme.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(new, encoding="utf-8")
+            os.replace(partial, readme)
+        finally:
+            partial.unlink(missing_ok=True)
+    print(f"{readme} is up to date")

@@ -1,0 +1,372 @@
+"""Pictures to embeddings and back: an adapter with its encoders beside a stock Flux pipeline."""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from PIL import Image
+from torch import Tensor
+
+from sda_fast.adapter import SemanticAdapter
+from sda_fast.attach import attach
+from sda_fast.coords import check_int
+from sda_fast.embedding import SemanticEmbedding
+from sda_fast.encoders import ImageEncoder
+from sda_fast.flux_inputs import append_text, patch_grid, pooled_vector
+from sda_fast.images import Images, group_by_size
+from sda_fast.pipeline_folder import (
+    ENCODER_SETTINGS,
+    DecodeDefaults,
+    Folder,
+    Settings,
+    find_parts,
+    load_flux,
+    replaced_when_whole,
+    write_manifest,
+    write_settings,
+)
+
+Pictures = list[Image.Image] | Tensor
+
+
+class SemanticPipeline:
+    """An adapter that encodes pictures and the frozen FLUX that rebuilds them.
+
+    Both parts stay open to use: ``pipe.flux`` is a stock Flux pipeline (LoRA, offload, schedulers,
+    ``set_progress_bar_config``), ``pipe.adapter`` the SemanticAdapter with its encoders.
+
+    Args:
+        flux: a Flux pipeline of diffusers whose transformer is a FluxTransformer2DModel. Its
+            T5 is never used and may be None; its CLIP text encoder only where neither embedding
+            nor adapter has a pooled vector.
+        adapter: gives positions as wide as the transformer's text input.
+        defaults: sizes, steps and guidance of ``decode``; None is 28 steps, guidance 3.5 and the
+            size of the Flux pipeline, 1024 for FLUX.1.
+
+    Raises:
+        ValueError: the two do not fit each other.
+    """
+
+    def __init__(
+        self,
+        flux: FluxPipeline,
+        adapter: SemanticAdapter,
+        defaults: DecodeDefaults | None = None,
+    ) -> None:
+        self.flux: Any = flux
+        self.adapter: Any = adapter
+        if not isinstance(getattr(flux, "transformer", None), FluxTransformer2DModel):
+            raise ValueError(
+                "flux must be a diffusers pipeline with a FluxTransformer2DModel, "
+                f"got {type(flux).__name__}"
+            )
+        width = self.flux.transformer.config.joint_attention_dim
+        if self.adapter.config["out_features"] != width:
+            raise ValueError(
+                f"adapter must give positions of the {width} channels that flux takes, "
+                f"got out_features={self.adapter.config['out_features']}"
+            )
+        side = self.flux.default_sample_size * self.flux.vae_scale_factor
+        self.defaults = defaults or DecodeDefaults(side, side)
+        patch_grid(self.defaults.height, self.defaults.width, self.patch, name="default ")
+
+    @property
+    def patch(self) -> int:
+        """Pixels along one image token: 16 for FLUX.1."""
+        return self.flux.vae_scale_factor * 2
+
+    def to(self, *args: Any, **kwargs: Any) -> "SemanticPipeline":
+        """Move or cast FLUX, adapter and encoders in place, as ``torch.nn.Module.to``."""
+        self.flux.to(*args, **kwargs)
+        self.adapter.to(*args, **kwargs)
+        return self
+
+    def encode(self, images: Images) -> SemanticEmbedding:
+        """Pictures to embeddings; see ``SemanticAdapter.encode``.
+
+        Args:
+            images: a PIL image or path, a list of these in any sizes, or float [B, 3, H, W] in
+                [0, 1].
+        """
+        return self.adapter.encode(images)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        emb: SemanticEmbedding,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | Sequence[int] = 0,
+        rule: str = "overlap",
+        **options: Any,
+    ) -> Pictures:
+        """Rebuild one picture for each embedding of the batch.
+
+        Args:
+            emb: B embeddings; device and dtype are adjusted.
+            height: pixels, a multiple of ``patch``. None is the default; so for the next three.
+            width: likewise.
+            steps: denoising steps.
+            guidance: scale of the distilled guidance; without effect where the transformer has
+                no guidance embedding.
+            seed: of the noise, drawn for each picture by itself, so that a picture alone equals
+                it in a batch: one for all, or one for each.
+            rule: mask rule, "overlap", "local" or "isolated".
+            options: ``output`` "pil" or "pt"; ``text`` [1 or B, T, C], an ordinary prompt's
+                embeddings; ``isolate_level``; ``attention`` "op", or "mask" for the dense mask in
+                diffusers' own attention (IP-Adapters, devices without a kernel). All others go to
+                the Flux pipeline.
+
+        Returns:
+            B RGB images, or [B, 3, height, width] in [0, 1] for "pt".
+
+        Raises:
+            ValueError: an argument does not fit; nothing has run yet.
+        """
+        output = _one_of("output", options.pop("output", "pil"), ("pil", "pt"))
+        attention = _one_of("attention", options.pop("attention", "op"), ("op", "mask"))
+        default = self.defaults
+        inputs: dict[str, Any] = {
+            "height": height or default.height,
+            "width": width or default.width,
+            "num_inference_steps": check_int("steps", default.steps if steps is None else steps, 1),
+            "guidance_scale": default.guidance if guidance is None else guidance,
+            "generator": [torch.Generator().manual_seed(s) for s in _seeds(seed, len(emb))],
+        }
+        h, w = patch_grid(inputs["height"], inputs["width"], self.patch)
+        inputs |= self._prompt(emb, options.pop("text", None))
+        isolate_level = options.pop("isolate_level", None)
+        scope = nullcontext()
+        if attention == "op":
+            scope = attach(self.flux.transformer, emb.tree, rule, isolate_level=isolate_level)
+        else:
+            prompt = inputs["prompt_embeds"]
+            extra_text = prompt.shape[1] - emb.tree.num_tokens
+            mask = emb.tree.attention_mask(h, w, rule, extra_text, isolate_level)
+            joint = options.pop("joint_attention_kwargs", None) or {}
+            joint = {**joint, "attention_mask": mask[None, None].to(prompt.device)}
+            options["joint_attention_kwargs"] = joint
+        with scope:
+            return self.flux(**inputs, output_type=output, **options).images
+
+    def reconstruct(
+        self,
+        images: Images,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] = 0,
+        **options: Any,
+    ) -> Pictures:
+        """Encode pictures and rebuild them.
+
+        Args:
+            images: as in ``encode``.
+            height: pixels. Without height and width each picture keeps its aspect ratio, at the
+                area of the default size, in whole image tokens.
+            width: given with height or not at all.
+            seed: one for all, or one for each picture.
+            options: of ``decode``.
+
+        Returns:
+            As ``decode``, in the order of images.
+
+        Raises:
+            ValueError: an argument does not fit, or output="pt" is asked of pictures that come out
+                in different sizes.
+        """
+        if (height is None) != (width is None):
+            raise ValueError(f"height and width must come together, got {height} and {width}")
+        groups = list(group_by_size(images))
+        rows = [row for places, _ in groups for row in places]
+        seeds = _seeds(seed, len(rows))
+        sizes = [(height, width) if height else self._fit(*p.shape[-2:]) for _, p in groups]
+        if options.get("output") == "pt" and len(set(sizes)) > 1:
+            raise ValueError(
+                "output must be 'pil' for pictures of different aspect ratios, or height and width "
+                f"given; got 'pt' for sizes {sorted(set(sizes))}"
+            )
+        rebuilt: list[Any] = [
+            self.decode(self.encode(pixels), *size, seed=[seeds[row] for row in places], **options)
+            for (places, pixels), size in zip(groups, sizes, strict=True)
+        ]
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        if isinstance(rebuilt[0], Tensor):
+            return torch.cat(rebuilt)[order]
+        pictures = [picture for group in rebuilt for picture in group]
+        return [pictures[place] for place in order]
+
+    def interpolate(
+        self,
+        a: SemanticEmbedding | Images,
+        b: SemanticEmbedding | Images,
+        steps: int = 5,
+        *,
+        method: str = "slerp",
+        nodes: Sequence[str] | None = None,
+        denoise_steps: int | None = None,
+        **options: Any,
+    ) -> Pictures:
+        """Pictures on the way from a to b, all from the same noise.
+
+        Args:
+            a: one picture, or a batch of one embedding.
+            b: likewise.
+            steps: how many pictures, a and b themselves included; at least 2.
+            method: "slerp" or "lerp" of the positions.
+            nodes: paths of the nodes that change, with their descendants; None for all.
+            denoise_steps: what ``decode`` calls steps.
+            options: of ``decode``.
+
+        Returns:
+            As ``decode``, steps pictures in the order of the way.
+
+        Raises:
+            ValueError: an argument does not fit.
+        """
+        check_int("steps", steps, 2)
+        _one_of("method", method, ("slerp", "lerp"))
+        ends = [e if isinstance(e, SemanticEmbedding) else self.encode(e) for e in (a, b)]
+        for name, end in zip("ab", ends, strict=True):
+            if len(end) != 1:
+                raise ValueError(f"{name} must be one picture, got {len(end)}")
+        mix = getattr(ends[0], method)
+        way = [mix(ends[1], i / (steps - 1), nodes=nodes) for i in range(steps)]
+        return self.decode(SemanticEmbedding.cat(way), steps=denoise_steps, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: Folder | None = None,
+        *,
+        flux: Folder | None = None,
+        adapter: Folder | None = None,
+        clip: Folder | None = None,
+        dino: Folder | None = None,
+        dtype: torch.dtype = torch.float32,
+        encoder: dict[str, Any] | None = None,
+        **flux_options: Any,
+    ) -> "SemanticPipeline":
+        """Load a whole pipeline, or put one together from parts.
+
+        Args:
+            path: "scenes", the model that comes with the package (also when nothing is given); or
+                a folder that ``save_pretrained`` wrote, or its hub id. Its files are compared with
+                its ``SHA256SUMS``, if it has one.
+            flux: a folder or hub id in the layout of a Flux pipeline. This and the next three
+                stand in for the part of path, or make path needless.
+            adapter: a folder or hub id of a SemanticAdapter.
+            clip: a folder or hub id of the contrastive encoder.
+            dino: a folder or hub id of the DINOv2 encoder. Without encoders the pipeline can only
+                decode.
+            dtype: of all weights.
+            encoder: settings of ``ImageEncoder`` (size, squash, ...) other than those of path.
+            flux_options: to diffusers' ``from_pretrained``: ``text_encoder_2=None,
+                tokenizer_2=None`` leaves T5 out, which nothing here needs; ``variant``, ``token``,
+                ``quantization_config`` ...
+
+        Raises:
+            ValueError: parts are missing or do not fit, a file is torn, foreign, pickled or not
+                what its checksum says, or a config is another model's.
+            OSError: a folder is not there, or the hub is out of reach.
+        """
+        parts, settings = find_parts(
+            path, {"flux": flux, "adapter": adapter, "clip": clip, "dino": dino}
+        )
+        model = SemanticAdapter.from_pretrained(parts["adapter"], dtype=dtype).eval()
+        if parts["clip"] and parts["dino"]:
+            options = {**(settings.encoder or {}), **(encoder or {})}
+            model.set_encoder(
+                ImageEncoder.from_pretrained(parts["clip"], parts["dino"], dtype, **options)
+            )
+        decoder = load_flux(parts["flux"], dtype, flux_options)
+        pipe = cls(decoder, model, settings.decode)
+        if settings.patch not in (None, pipe.patch):
+            raise ValueError(
+                f"flux must have {settings.patch} pixels to an image token, got {pipe.patch}"
+            )
+        return pipe
+
+    def save_pretrained(self, path: Folder) -> None:
+        """Write ``flux/``, ``adapter/``, ``clip/``, ``dino/``, the settings and ``SHA256SUMS``.
+
+        All is written beside path first and put in its place when whole. A pipeline saved there
+        before is replaced; any other folder with something in it is refused.
+
+        Raises:
+            ValueError: path is a file or such a folder.
+        """
+        encoder = self.adapter.encoder
+        about = encoder and {name: getattr(encoder, name) for name in ENCODER_SETTINGS}
+        settings = Settings(self.patch, self.defaults, about)
+        with replaced_when_whole(path) as folder:
+            self.flux.save_pretrained(folder / "flux")
+            self.adapter.save_pretrained(folder / "adapter")
+            if encoder is not None:
+                encoder.clip.save_pretrained(folder / "clip")
+                encoder.dino.save_pretrained(folder / "dino")
+            write_settings(folder, settings)
+            write_manifest(folder)
+
+    def _prompt(self, emb: SemanticEmbedding, text: Tensor | None) -> dict[str, Tensor]:
+        """prompt_embeds and pooled_prompt_embeds, where and in the dtype FLUX wants them."""
+        config = self.flux.transformer.config
+        emb = emb.to(self.flux._execution_device, self.flux.transformer.dtype)
+        pooled = self._empty_prompt() if emb.pooled is None else emb.pooled
+        for name, t, field in (
+            ("tokens", emb.tokens, "joint_attention_dim"),
+            ("pooled", pooled, "pooled_projection_dim"),
+        ):
+            if t.shape[-1] != config[field]:
+                raise ValueError(
+                    f"emb must have {name} of the {config[field]} channels that flux takes, "
+                    f"got {t.shape[-1]}"
+                )
+        return {
+            "prompt_embeds": append_text(emb.tokens, text),
+            "pooled_prompt_embeds": pooled_vector(emb.tokens, pooled),
+        }
+
+    def _empty_prompt(self) -> Tensor:
+        """[1, P]: the CLIP embedding of the empty prompt, which stands in for a pooled vector."""
+        encoder, tokenizer = self.flux.text_encoder, self.flux.tokenizer
+        if encoder is None or tokenizer is None:
+            raise ValueError(
+                "emb must have a pooled vector, as neither embedding nor adapter has one and flux "
+                "has no CLIP text encoder to embed the empty prompt: give "
+                "SemanticEmbedding(tokens, tree, pooled), or load flux with its text_encoder and "
+                "tokenizer"
+            )
+        ids = tokenizer(
+            "",
+            padding="max_length",
+            max_length=self.flux.tokenizer_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return encoder(ids.to(self.flux._execution_device)).pooler_output
+
+    def _fit(self, height: int, width: int) -> tuple[int, int]:
+        """The default area at the aspect ratio of a picture, in whole image tokens."""
+        scale = math.sqrt(self.defaults.height * self.defaults.width / (height * width))
+        rows, cols = (max(1, round(side * scale / self.patch)) for side in (height, width))
+        return rows * self.patch, cols * self.patch
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """One seed for each of count pictures."""
+    seeds = [seed] * count if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise ValueError(f"seed must be one integer, or one for each of {count}, got {len(seeds)}")
+    return [check_int("seed", value, 0) for value in seeds]
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return value

@@ -1,0 +1,261 @@
+"""The folder of a saved pipeline: its layout, settings and checksums, and the FLUX in it.
+
+``flux/`` is a stock Flux pipeline, ``adapter/`` a SemanticAdapter, ``clip/`` and ``dino/`` are
+vision encoders, ``semantic_pipeline.json`` holds settings, ``SHA256SUMS`` all checksums.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module, resources
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging
+from huggingface_hub.errors import HfHubHTTPError
+
+from sda_fast.weights import check_weights, require_folder, resolve_folder
+
+SHIPPED = "scenes"  # the model that comes with the package
+SETTINGS, CLASS, FORMAT = "semantic_pipeline.json", "SemanticPipeline", 1
+MANIFEST = "SHA256SUMS"  # in the form that `sha256sum -c` reads
+OWN_VAE = ["sda_fast.scenes.vae", "SpaceToDepthVAE"]
+ENCODER_SETTINGS = ("size", "clip_mean", "clip_std", "dino_mean", "dino_std", "squash")
+
+Folder = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class DecodeDefaults:
+    """What ``decode`` uses where the caller says nothing.
+
+    Attributes:
+        height: pixels.
+        width: pixels.
+        steps: denoising steps.
+        guidance: scale of the distilled guidance.
+    """
+
+    height: int
+    width: int
+    steps: int = 28
+    guidance: float = 3.5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``semantic_pipeline.json`` holds; all None where there is no such file.
+
+    Attributes:
+        patch: pixels along one image token.
+        decode: of ``SemanticPipeline.decode``.
+        encoder: ``ENCODER_SETTINGS`` of ``ImageEncoder``; None where the folder has no encoders.
+    """
+
+    patch: int | None = None
+    decode: DecodeDefaults | None = None
+    encoder: dict[str, Any] | None = None
+
+
+def find_parts(
+    path: Folder | None, given: dict[str, Folder | None]
+) -> tuple[dict[str, Any], Settings]:
+    """Where flux, adapter, clip and dino come from, and the settings of path.
+
+    Args:
+        path: a saved pipeline, or None; with nothing given either it is the shipped one.
+        given: folder or hub id of each part that does not come from path, else None.
+
+    Raises:
+        OSError: a folder is not there, or the hub is out of reach.
+        ValueError: a part is missing, or a file of path is not what it was.
+    """
+    parts: dict[str, Any] = dict(given)
+    settings = Settings()
+    if path is not None or not any(given.values()):
+        root = find_root(SHIPPED if path is None else path)
+        settings = read_settings(root)
+        own = parts if settings.encoder else ("flux", "adapter")
+        parts |= {name: given[name] or root / name for name in own}
+    if not (parts["flux"] and parts["adapter"]) or bool(parts["clip"]) != bool(parts["dino"]):
+        raise ValueError(
+            "from_pretrained must be given path, or flux and adapter, and clip together with dino "
+            f"to encode; got {', '.join(name for name, part in parts.items() if part)}"
+        )
+    return parts, settings
+
+
+def find_root(path: Folder) -> Path:
+    """The folder of a saved pipeline: the shipped one by name, a folder, or a hub id.
+
+    Its files are compared with its manifest, if it has one; the shipped one has.
+
+    Raises:
+        OSError: there is no such folder, or the hub is out of reach.
+        ValueError: a file is not what its checksum says.
+    """
+    if path == SHIPPED:
+        root = require_folder(Path(str(resources.files("sda_fast"))) / "scenes" / "weights", "path")
+        if not (root / MANIFEST).is_file():
+            raise FileNotFoundError(f"the shipped model has no {MANIFEST} in {root}: reinstall")
+    else:
+        root = resolve_folder(path, "path")
+    if (root / MANIFEST).is_file():
+        check_manifest(root)
+    return root
+
+
+def read_settings(root: Path) -> Settings:
+    """What ``write_settings`` wrote.
+
+    Raises:
+        FileNotFoundError: the folder holds no saved pipeline.
+        ValueError: the file is foreign or of another format.
+    """
+    file = root / SETTINGS
+    if not file.is_file():
+        raise FileNotFoundError(f"path must be a saved pipeline, got {root} without {SETTINGS}")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        kind, version = found["_class_name"], found["format"]
+        settings = Settings(found["patch"], DecodeDefaults(**found["decode"]), found["encoder"])
+        known = settings.encoder is None or set(settings.encoder) == set(ENCODER_SETTINGS)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} must be the settings of a {CLASS}: {error!r}") from error
+    if (kind, version) != (CLASS, FORMAT) or not known:
+        raise ValueError(
+            f"{file} must be the settings of a {CLASS}, format {FORMAT}, got {kind!r}, format "
+            f"{version!r}, with encoder {settings.encoder}"
+        )
+    return settings
+
+
+def write_settings(root: Path, settings: Settings) -> None:
+    """Write ``semantic_pipeline.json``; equal settings give equal bytes."""
+    about = {"_class_name": CLASS, "format": FORMAT, **asdict(settings)}
+    text = json.dumps(about, indent=2, sort_keys=True)
+    (root / SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+
+def write_manifest(root: Path) -> None:
+    """Write the sha256 of every file below root to ``SHA256SUMS`` there."""
+    files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    lines = [f"{_sha256(root / name)}  {name}\n" for name in files if name != MANIFEST]
+    (root / MANIFEST).write_text("".join(lines), encoding="utf-8")
+
+
+def check_manifest(root: Path) -> None:
+    """Compare every file that ``SHA256SUMS`` names: a flipped bit would load in silence.
+
+    Raises:
+        ValueError: a file differs or is missing, or the manifest itself is torn.
+    """
+    for line in (root / MANIFEST).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        file = root / name
+        if len(digest) != 64 or not name:
+            raise ValueError(f"{root / MANIFEST} is torn at {line[:80]!r}")
+        if not file.is_file() or _sha256(file) != digest:
+            state = "differs from" if file.is_file() else "is missing, but named in"
+            raise ValueError(f"{file} {state} {MANIFEST}: fetch or save the model again")
+
+
+@contextmanager
+def replaced_when_whole(path: Folder) -> Generator[Path, None, None]:
+    """A new folder beside path that takes its place at the end, if nothing was raised.
+
+    Raises:
+        ValueError: path is a file, or a folder of anything but a saved pipeline.
+    """
+    target = Path(path)
+    foreign = target.is_dir() and any(target.iterdir()) and not (target / SETTINGS).is_file()
+    if target.is_file() or foreign:
+        raise ValueError(f"path must be new, empty or a saved pipeline, got {target}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        yield new
+        if target.exists():
+            target.rename(Path(scratch) / "old")
+        new.rename(target)
+
+
+def load_flux(path: Folder, dtype: torch.dtype, options: dict[str, Any]) -> FluxPipeline:
+    """Load the Flux pipeline that a folder or hub id holds, in the class that it names.
+
+    Args:
+        path: folder or hub id; of the hub's files only those of the components are fetched.
+        dtype: of the weights.
+        options: to diffusers' ``from_pretrained``.
+
+    Raises:
+        OSError: the folder is not there, or the hub is out of reach.
+        ValueError: it is no Flux pipeline, or its weights are pickled, torn or foreign.
+    """
+    folder = _flux_folder(path, options)
+    index = _read_index(folder)
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        wanted = index.get(name, [None])[0] and options.get(name, ...) is not None
+        if wanted and not isinstance(options.get(name), torch.nn.Module):
+            check_weights(require_folder(folder / name, f"flux {name}"), f"flux {name}")
+    options = {"use_safetensors": True, "torch_dtype": dtype, **options}
+    level = logging.get_verbosity()
+    if index.get("vae") == OWN_VAE and "vae" not in options:
+        vae = getattr(import_module(OWN_VAE[0]), OWN_VAE[1])
+        options["vae"] = vae.from_pretrained(folder / "vae", torch_dtype=dtype)
+        logging.set_verbosity_error()  # it would warn that this is no AutoencoderKL
+    try:
+        flux = getattr(diffusers, index["_class_name"]).from_pretrained(folder, **options)
+    finally:
+        logging.set_verbosity(level)
+    for part in flux.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    return flux
+
+
+def _flux_folder(path: Folder, options: dict[str, Any]) -> Path:
+    """The folder itself, or where the hub's client put the components of a hub id."""
+    folder = Path(path)
+    if folder.exists() or folder.is_absolute() or str(path).count("/") != 1:
+        return require_folder(folder, "flux")
+    try:
+        return Path(DiffusionPipeline.download(str(path), use_safetensors=True, **options))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise OSError(
+            f"flux must be a folder or a hub id, got {str(path)!r}: there is no such folder here, "
+            f"and the Hugging Face hub is out of reach or refuses it ({type(error).__name__})"
+        ) from error
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """The ``model_index.json`` of a Flux pipeline."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"flux must be a Flux pipeline, got {folder} without {file.name}")
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        transformer = index["transformer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"flux: {file} describes no pipeline with a transformer") from error
+    name = index.get("_class_name")
+    if transformer != ["diffusers", "FluxTransformer2DModel"] or not hasattr(diffusers, str(name)):
+        raise ValueError(
+            f"flux must be a diffusers pipeline with a FluxTransformer2DModel, got {name!r} with "
+            f"{transformer} in {folder}"
+        )
+    return index
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

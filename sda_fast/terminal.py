@@ -1,0 +1,110 @@
+"""What a person sees while the command line works: progress on stderr, and nothing else there."""
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from sda_fast.adapter import SemanticAdapter
+    from sda_fast.pipeline import SemanticPipeline
+
+StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+
+
+def stderr_console() -> Console:
+    """A console on stderr; stdout is for results."""
+    return Console(stderr=True, highlight=False)
+
+
+def progress_on(console: Console) -> Progress:
+    """Progress bars on a console; nothing is drawn where it is no terminal."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=32),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        # rich would send what is printed to stdout to this console too
+        redirect_stdout=sys.stdout.isatty(),
+    )
+
+
+@contextmanager
+def working(progress: Progress, words: str) -> Generator[None, None, None]:
+    """A moving bar for work whose length nobody knows."""
+    task = progress.add_task(words, total=None)
+    yield
+    progress.update(task, total=1, completed=1)
+
+
+def steps_shown(progress: Progress, words: str, total: int) -> StepCallback:
+    """A bar of ``total`` denoising steps, as a ``callback_on_step_end`` that moves it."""
+    task = progress.add_task(words, total=total)
+
+    def advance(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        progress.advance(task)
+        return tensors
+
+    return advance
+
+
+def load_pipeline(model: str, progress: Progress) -> "SemanticPipeline":
+    """Load a pipeline without its T5, which nothing here needs, and without other bars.
+
+    Args:
+        model: "scenes", or a folder or hub id of a saved pipeline.
+        progress: where to show that it loads.
+
+    Raises:
+        ValueError: see ``SemanticPipeline.from_pretrained``.
+        OSError: likewise.
+    """
+    with working(progress, f"loading {model}"):
+        hush()
+        from sda_fast.pipeline import SemanticPipeline
+
+        pipe = SemanticPipeline.from_pretrained(model, text_encoder_2=None, tokenizer_2=None)
+    pipe.flux.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_adapter(model: str, progress: Progress) -> "SemanticAdapter":
+    """Load the adapter and the encoders of a pipeline, without its FLUX.
+
+    Args:
+        model: as in ``load_pipeline``.
+        progress: likewise.
+
+    Raises:
+        ValueError: the folder has no encoders, or see ``SemanticPipeline.from_pretrained``.
+        OSError: likewise.
+    """
+    with working(progress, f"loading {model}"):
+        hush()
+        from sda_fast.adapter import SemanticAdapter
+        from sda_fast.encoders import ImageEncoder
+        from sda_fast.pipeline_folder import find_root, read_settings
+
+        root = find_root(model)
+        settings = read_settings(root)
+        if settings.encoder is None:
+            raise ValueError(f"model must have encoders to encode with, got {root} without them")
+        adapter = SemanticAdapter.from_pretrained(root / "adapter").eval()
+        encoder = ImageEncoder.from_pretrained(root / "clip", root / "dino", **settings.encoder)
+        adapter.set_encoder(encoder)
+    return adapter
+
+
+def hush() -> None:
+    """Turn off the loading bars of diffusers and transformers; ours is enough."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,153 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from train.__main__ import app, build_stage
+from train.checkpoint import latest_checkpoint
+from train.config import override
+from train.loop import train
+from train.recipes import RECIPES
+
+TINY = ["steps=4", "batch_size=4", "warmup_steps=1", "log_every=1", "checkpoint_every=2"]
+
+
+def tiny(recipe, out_dir, *more):
+    return override(RECIPES[recipe](), [*TINY, f"out_dir={out_dir}", *more])
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """The stages an adapter needs, four steps each."""
+    out_dir = tmp_path_factory.mktemp("runs")
+    for recipe in ("scenes-text", "scenes-clip", "scenes-dino"):
+        config = tiny(recipe, out_dir)
+        train(config, build_stage(config))
+    return out_dir
+
+
+def parents(out_dir):
+    return (
+        f"flux={out_dir}/scenes-text/export/flux",
+        f"clip={out_dir}/scenes-clip/export/clip",
+        f"dino={out_dir}/scenes-dino/export/dino",
+    )
+
+
+@pytest.mark.parametrize("recipe", ["scenes-adapter", "scenes-flat"])
+def test_an_adapter_trains_through_a_decoder_that_stays_as_it_was(recipe, chain, tmp_path):
+    config = tiny(recipe, tmp_path, *parents(chain), "sheet_every=2")
+    stage = build_stage(config)
+    frozen = [stage.flux.transformer, stage.encoder]
+    before = [{k: t.clone() for k, t in m.state_dict().items()} for m in frozen]
+    start = {k: t.clone() for k, t in stage.trained.state_dict().items()}
+    train(config, stage)
+    for module, had in zip(frozen, before, strict=True):
+        assert all(torch.equal(t, had[k]) for k, t in module.state_dict().items())
+    moved = [k for k, t in stage.trained.state_dict().items() if not torch.equal(t, start[k])]
+    assert "qformer.queries" in moved
+    assert "mlp.0.weight" in moved
+    rows = [json.loads(line) for line in (config.folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0]["loss"] == pytest.approx(
+        rows[0]["flow"] + config.penalty * rows[0]["penalty"], rel=1e-4
+    )
+    assert (config.folder / "sheets" / "000002.png").is_file()
+    assert (config.folder / "loss.png").is_file()
+    assert (config.folder / "export" / "adapter" / "config.json").is_file()
+
+
+def test_a_run_that_was_cut_off_ends_as_an_unbroken_one(tmp_path, monkeypatch):
+    whole, broken = (tiny("scenes-dino", tmp_path / name) for name in ("whole", "broken"))
+    train(whole, build_stage(whole))
+
+    stage = build_stage(broken)
+    losses = stage.losses
+
+    def cut(seed):
+        if seed % 10**9 == 4:
+            raise KeyboardInterrupt
+        return losses(seed)
+
+    monkeypatch.setattr(stage, "losses", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, stage)
+    assert latest_checkpoint(broken.folder / "checkpoints").name == "step-000002"
+    train(broken, build_stage(broken))
+    a, b = (
+        load_file(latest_checkpoint(config.folder / "checkpoints") / "state.safetensors")
+        for config in (whole, broken)
+    )
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    (tmp_path / ".step-000009.part").mkdir()
+    (tmp_path / "step-000004").mkdir()
+    assert latest_checkpoint(tmp_path).name == "step-000004"
+    assert latest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_the_averaged_weights_are_what_is_exported(chain):
+    folder = chain / "scenes-text"
+    state = load_file(latest_checkpoint(folder / "checkpoints") / "state.safetensors")
+    exported = load_file(folder / "export/flux/transformer/diffusion_pytorch_model.safetensors")
+    key = "transformer_blocks.0.attn.to_q.weight"
+    assert torch.equal(exported[key], state[f"ema/transformer.{key}"])
+    assert not torch.equal(exported[key], state[f"model/transformer.{key}"])
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    config = tiny("scenes-dino", tmp_path)
+    stage = build_stage(config)
+    losses = stage.losses
+    monkeypatch.setattr(stage, "losses", lambda seed: {"loss": losses(seed)["loss"] * float("nan")})
+    with pytest.raises(FloatingPointError, match="step 1 of scenes-dino"):
+        train(config, stage)
+
+
+def test_overrides_take_the_type_of_their_field():
+    config = override(
+        RECIPES["scenes-adapter"](),
+        ["tokens_per_node=(8,2)", "rope=false", "rule=local", "muon_lr=1e-4", "steps=200"],
+    )
+    assert (config.tokens_per_node, config.rope, config.rule) == ((8, 2), False, "local")
+    assert (config.muon_lr, config.steps) == (1e-4, 200)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.steps = 1
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("stps=3", "unknown key 'stps'.*steps"),
+        ("steps=many", "steps must be int, got 'many'"),
+        ("rope=maybe", "rope must be bool, got 'maybe'"),
+        ("rule=all", "rule must be .*got 'all'"),
+        ("steps", "key=value, got 'steps'"),
+        ("steps=0", "steps must be at least 1, got 0"),
+        ("steps=5", "warmup_steps 100 exceeds steps 5"),
+    ],
+)
+def test_a_bad_override_is_named(assignment, message):
+    with pytest.raises(ValueError, match=message):
+        override(RECIPES["scenes-adapter"](), [assignment])
+
+
+def test_the_command_line_says_what_there_is_and_what_is_missing(tmp_path):
+    runner = CliRunner()
+    listed = runner.invoke(app, ["--list"])
+    assert listed.exit_code == 0
+    assert all(name in listed.output for name in RECIPES)
+    unknown = runner.invoke(app, ["scenes-txt"])
+    assert unknown.exit_code == 2
+    assert "scenes-text" in unknown.output
+    missing = runner.invoke(app, ["scenes-adapter", "--set", f"flux={tmp_path}/none"])
+    assert missing.exit_code == 1
+    assert "flux" in missing.output
+    assert "not there" in missing.output
+    assert list(tmp_path.iterdir()) == []
