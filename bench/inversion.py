@@ -80,8 +80,7 @@ def invert(
                 joint_attention_kwargs=fixed["joint_attention_kwargs"],
                 return_dict=False,
             )[0]
-        # a sum over pictures: each picture's gradient is its own
-        loss = F.mse_loss(velocity.float(), noise - x0) * len(start)
+        loss = F.mse_loss(velocity.float(), noise - x0)
         (tokens.grad,) = torch.autograd.grad(loss, tokens)
         optimizer.step()
         schedule.step()

@@ -1,16 +1,14 @@
 """The tables of the README, made from the records in bench/results alone: ``bench report``."""
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-Record = dict[str, Any]
-"""One line of a results file; see bench.quality for what it holds."""
+from bench.records import Record, read_records
 
 VARIANTS = {
     "parser_clean": "parser ceiling, clean render",
@@ -161,26 +159,6 @@ def replace_section(text: str, name: str, body: str) -> str:
     if not (found and closed) or text.count(opening) != 1 or text.count(closing) != 1:
         raise ValueError(f"the text must hold {opening} and then {closing}, each once")
     return f"{before}{opening}\n{body}\n{closing}{after}"
-
-
-def read_records(path: Path) -> list[Record]:
-    """The records of a results file, oldest first.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: a line of it is no JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no results at {path}: run `python -m bench {path.stem}` first")
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-        if not isinstance(records[-1], dict):
-            raise ValueError(f"{path}:{number} must be a JSON object, got {line[:40]!r}")
-    return records
 
 
 def main(

@@ -133,7 +133,7 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         pooled = None if pooled_features is None else torch.zeros(pooled_features)
         self.register_buffer("pooled", pooled)
         self._encoder: list[ImageEncoder] = []  # a list hides it from nn.Module
-        self._encoder_layers: dict[str, Tensor] = {}  # read from a folder, waiting for an encoder
+        self._encoder_layers: dict[str, Tensor] = {}  # kept while there is no encoder
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """Turn the features of B pictures with one patch grid into embedding positions.
@@ -170,24 +170,24 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
     def set_encoder(self, encoder: "ImageEncoder | None") -> None:
         """Attach the encoder that ``encode`` uses; None takes it off.
 
-        Layers that were opened in training and saved with the adapter are loaded into it.
+        Layers that were opened in training belong to the adapter: those saved with it, or those of
+        the encoder that was attached before, are copied into the new one.
 
         Raises:
             ValueError: its features are not as wide as the adapter's input, or the saved layers
                 are not of such an encoder.
         """
-        if encoder is None:
-            self._encoder = []
-            return
-        if encoder.out_features != self.in_features:
-            raise ValueError(
-                f"encoder must give {self.in_features} features a patch, "
-                f"got one that gives {encoder.out_features}"
-            )
-        if self._encoder_layers:
-            encoder.load_trained_layers(self._encoder_layers)
-            self._encoder_layers = {}
-        self._encoder = [encoder]
+        layers = self._trained_layers()
+        if encoder is not None:
+            if encoder.out_features != self.in_features:
+                raise ValueError(
+                    f"encoder must give {self.in_features} features a patch, "
+                    f"got one that gives {encoder.out_features}"
+                )
+            if layers:
+                encoder.load_trained_layers(layers)
+        self._encoder_layers = layers
+        self._encoder = [] if encoder is None else [encoder]
 
     @torch.no_grad()
     def encode(self, images: Images) -> SemanticEmbedding:
@@ -286,8 +286,7 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         super().save_pretrained(save_directory, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
-        encoder = self.encoder
-        layers = self._encoder_layers if encoder is None else encoder.trained_layers()
+        layers = self._trained_layers()
         path = Path(save_directory) / ENCODER_FILE
         if layers:
             write_safetensors(path, layers)
@@ -333,6 +332,9 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         if (folder / ENCODER_FILE).is_file():
             model._encoder_layers = read_safetensors(folder / ENCODER_FILE)
         return model
+
+    def _trained_layers(self) -> dict[str, Tensor]:
+        return self._encoder_layers if self.encoder is None else self.encoder.trained_layers()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "SemanticAdapter":
         super()._apply(fn, recurse)

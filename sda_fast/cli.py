@@ -16,6 +16,7 @@ from sda_fast.terminal import (
     load_adapter,
     load_pipeline,
     progress_on,
+    quiet,
     stderr_console,
     steps_shown,
     working,
@@ -61,7 +62,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Pictures = Annotated[list[Path], typer.Argument(metavar="PICTURE...", show_default=False)]
+Pictures = Annotated[list[Path], typer.Argument(metavar="PICTURE", show_default=False)]
 Model = Annotated[str, typer.Option(help='"scenes" comes with the package; or a pipeline folder.')]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results, made if needed.")]
 Side = Annotated[int | None, typer.Option(min=1, help="Pixels.", show_default="the model's")]
@@ -210,7 +211,7 @@ def _doctor(model: Model = "scenes", as_json: Json = False) -> None:
 
     from sda_fast.doctor import examine, show
 
-    with progress_on(stderr_console()) as progress, working(progress, "looking"):
+    with progress_on(stderr_console()) as progress, working(progress, "looking"), quiet():
         report = examine(model)
     if as_json:
         typer.echo(json.dumps(report, indent=2))

@@ -1,5 +1,6 @@
 """What a file or folder of this package holds, read from its header where that is enough."""
 
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from safetensors import safe_open
 
 from sda_fast.embedding import METADATA_KEY, SemanticEmbedding
 from sda_fast.hierarchy import Hierarchy
+from sda_fast.terminal import quiet
 from sda_fast.weights import check_safetensors, read_config
 
 ADAPTER_FIELDS = ("in_features", "width", "num_layers", "num_heads", "out_features")
@@ -43,11 +45,6 @@ def describe(path: str | PathLike[str]) -> dict[str, Any]:
 
 def _embedding(path: Path) -> dict[str, Any]:
     emb = SemanticEmbedding.load(path)
-    rms = {}
-    for level in range(emb.tree.num_levels):
-        at = emb.tree.token_level == level
-        if at.any():
-            rms[f"level_{level}"] = float(emb.tokens[:, at].float().square().mean().sqrt())
     return {
         "kind": "embedding",
         "file": str(path),
@@ -57,7 +54,6 @@ def _embedding(path: Path) -> dict[str, Any]:
         "pooled_channels": None if emb.pooled is None else emb.pooled.shape[1],
         "dtype": str(emb.tokens.dtype).removeprefix("torch."),
         "bytes": path.stat().st_size,
-        "rms": rms,
     }
 
 
@@ -97,10 +93,8 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
 
 def _pipeline(folder: Path) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from sda_fast.pipeline_folder import MANIFEST, read_settings
-
+    with quiet():
+        from sda_fast.pipeline_folder import MANIFEST, read_settings
     settings = read_settings(folder)
     adapter = _adapter(folder / "adapter")
     parts = [name for name in ("flux", "adapter", "clip", "dino") if (folder / name).is_dir()]

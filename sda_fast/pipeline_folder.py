@@ -27,6 +27,10 @@ from sda_fast.weights import check_weights, require_folder, resolve_folder
 SHIPPED = "scenes"  # the model that comes with the package
 SETTINGS, CLASS, FORMAT = "semantic_pipeline.json", "SemanticPipeline", 1
 MANIFEST = "SHA256SUMS"  # in the form that `sha256sum -c` reads
+# diffusers 0.40 renamed the argument and warns of the old name
+DTYPE = (
+    "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
+)
 OWN_VAE = ["sda_fast.scenes.vae", "SpaceToDepthVAE"]
 ENCODER_SETTINGS = ("size", "clip_mean", "clip_std", "dino_mean", "dino_std", "squash")
 
@@ -126,9 +130,12 @@ def read_settings(root: Path) -> Settings:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         kind, version = found["_class_name"], found["format"]
-        settings = Settings(found["patch"], DecodeDefaults(**found["decode"]), found["encoder"])
-        known = settings.encoder is None or set(settings.encoder) == set(ENCODER_SETTINGS)
-    except (ValueError, KeyError, TypeError) as error:
+        encoder = found["encoder"]
+        if encoder is not None:
+            encoder = {k: tuple(v) if isinstance(v, list) else v for k, v in encoder.items()}
+        settings = Settings(found["patch"], DecodeDefaults(**found["decode"]), encoder)
+        known = encoder is None or set(encoder) == set(ENCODER_SETTINGS)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} must be the settings of a {CLASS}: {error!r}") from error
     if (kind, version) != (CLASS, FORMAT) or not known:
         raise ValueError(
@@ -207,19 +214,24 @@ def load_flux(path: Folder, dtype: torch.dtype, options: dict[str, Any]) -> Flux
         wanted = index.get(name, [None])[0] and options.get(name, ...) is not None
         if wanted and not isinstance(options.get(name), torch.nn.Module):
             check_weights(require_folder(folder / name, f"flux {name}"), f"flux {name}")
-    options = {"use_safetensors": True, "torch_dtype": dtype, **options}
+    # from_pretrained wants to be told that what the folder leaves out shall be left out
+    left_out = {k: None for k, v in index.items() if isinstance(v, list) and v[0] is None}
+    options = {"use_safetensors": True, DTYPE: dtype, **left_out, **options}
     level = logging.get_verbosity()
     if index.get("vae") == OWN_VAE and "vae" not in options:
         vae = getattr(import_module(OWN_VAE[0]), OWN_VAE[1])
-        options["vae"] = vae.from_pretrained(folder / "vae", torch_dtype=dtype)
+        options["vae"] = vae.from_pretrained(folder / "vae", **{DTYPE: dtype})
         logging.set_verbosity_error()  # it would warn that this is no AutoencoderKL
     try:
         flux = getattr(diffusers, index["_class_name"]).from_pretrained(folder, **options)
     finally:
         logging.set_verbosity(level)
-    for part in flux.components.values():
+    for part in (flux, *flux.components.values()):
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
+        if hasattr(part, "register_to_config"):
+            # diffusers writes this into what is saved later: no folder of this machine
+            part.register_to_config(_name_or_path="" if Path(path).exists() else str(path))
     return flux
 
 

@@ -1,5 +1,6 @@
 """Contact sheets: pictures side by side with titles, and a hierarchy drawn over a picture."""
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from sda_fast.files import write_whole
 from sda_fast.hierarchy import Hierarchy
 
 LEVEL_COLORS = ("#ffb300", "#2de2c5", "#ff5fa8", "#8ab4ff", "#c5f05a", "#ffffff")
@@ -61,6 +63,23 @@ def draw_hierarchy(picture: Image.Image, tree: Hierarchy) -> Image.Image:
         for edge, color in ((2, "#000000"), (0, LEVEL_COLORS[level])):
             for i in range(cells + 1):
                 _line(canvas, drawn.size, i / cells, width + edge, color)
+    return drawn
+
+
+def draw_node(picture: Image.Image, tree: Hierarchy, path: str) -> Image.Image:
+    """Outline one node; otherwise as ``draw_hierarchy``.
+
+    Raises:
+        ValueError: the tree has no such node.
+    """
+    drawn = picture.convert("RGB")
+    level = tree.node(path).level
+    y0, x0, y1, x1 = tree.box(path)
+    box = (x0 * drawn.width, y0 * drawn.height, x1 * drawn.width - 1, y1 * drawn.height - 1)
+    width = line_width(tree, level) + 1
+    canvas = ImageDraw.Draw(drawn)
+    canvas.rectangle(box, outline="#000000", width=width + 2)
+    canvas.rectangle(box, outline=LEVEL_COLORS[level], width=width)
     return drawn
 
 
@@ -129,14 +148,9 @@ def level_legend(tree: Hierarchy) -> list[tuple[str, str]]:
 
 def save_png(picture: Image.Image, path: str | PathLike[str]) -> Path:
     """Write a PNG, whole or not at all; the folder must be there."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        picture.save(partial, format="PNG", optimize=True)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG", optimize=True)
+    return write_whole(path, stream.getvalue())
 
 
 def _line(

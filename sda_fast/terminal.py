@@ -65,8 +65,7 @@ def load_pipeline(model: str, progress: Progress) -> "SemanticPipeline":
         ValueError: see ``SemanticPipeline.from_pretrained``.
         OSError: likewise.
     """
-    with working(progress, f"loading {model}"):
-        hush()
+    with working(progress, f"loading {model}"), quiet():
         from sda_fast.pipeline import SemanticPipeline
 
         pipe = SemanticPipeline.from_pretrained(model, text_encoder_2=None, tokenizer_2=None)
@@ -85,8 +84,7 @@ def load_adapter(model: str, progress: Progress) -> "SemanticAdapter":
         ValueError: the folder has no encoders, or see ``SemanticPipeline.from_pretrained``.
         OSError: likewise.
     """
-    with working(progress, f"loading {model}"):
-        hush()
+    with working(progress, f"loading {model}"), quiet():
         from sda_fast.adapter import SemanticAdapter
         from sda_fast.encoders import ImageEncoder
         from sda_fast.pipeline_folder import find_root, read_settings
@@ -101,10 +99,21 @@ def load_adapter(model: str, progress: Progress) -> "SemanticAdapter":
     return adapter
 
 
-def hush() -> None:
-    """Turn off the loading bars of diffusers and transformers; ours is enough."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+@contextmanager
+def quiet() -> Generator[None, None, None]:
+    """Without the loading bars of diffusers and transformers, and their advice on torchvision."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
 
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    logs = of_diffusers, of_transformers
+    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, verbosity, bars in before:
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()

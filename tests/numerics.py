@@ -8,7 +8,7 @@ Every result must have the right shape, dtype and pattern of inf and NaN, and it
 
 In half precision the root mean square of the error is capped too, or held to twice the reference's
 where that is worse. Every limit allows for what no attention in blocks can avoid: a float32 logit
-is off by a few roundings, `2 * eps * |logit|`, and so is each probability, relatively; and
+is off by about `2 * eps * |q| * |k| * scale`, and so is each probability, relatively; and
 delta = rowsum(dO * O) is taken from the rounded output, which dq and dk inherit.
 """
 
@@ -119,8 +119,9 @@ def _unavoidable(qkv: Sequence[Tensor], d_out: Tensor, exact: Attention) -> dict
     q, k, v = (t.double().transpose(1, 2) for t in qkv)
     d_p = (d_out.double().transpose(1, 2) @ v.mT).abs().max().item()
     delta = (d_out.double() * exact.out).square().sum(-1).sqrt().max().item()
-    logit = 2 * EPS * exact.lse[exact.lse.isfinite()].abs().max().item()
-    d_s = (logit * d_p + torch.finfo(qkv[0].dtype).eps / 2 * delta) * q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5
+    logit = 2 * EPS * q.norm(dim=-1).max().item() * k.norm(dim=-1).max().item() * scale
+    d_s = (logit * d_p + torch.finfo(qkv[0].dtype).eps / 2 * delta) * scale
     return {
         "out": logit * exact.out.abs().max().item(),
         "lse": logit,

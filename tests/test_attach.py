@@ -1,3 +1,5 @@
+import sys
+
 import accelerate
 import pytest
 import torch
@@ -6,6 +8,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig
 
+import sda_fast
 from sda_fast.attach import attach, read_grids
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.hierarchy import RULES
@@ -40,6 +43,12 @@ def test_equals_the_dense_mask(transformer, rule, h, w, extra, source):
     assert (want - run(transformer, inputs)).abs().max() > 1e-3  # the mask matters here
     with attach(transformer, TREE, rule):
         assert_as_dense(transformer, inputs, want)
+
+
+def test_the_package_offers_the_function(transformer):
+    """Although a module of that name was imported into it."""
+    assert sda_fast.attach is sys.modules["sda_fast.attach"]
+    sda_fast.attach(transformer, TREE, rule="local").detach()
 
 
 @torch.no_grad()
@@ -227,7 +236,7 @@ def test_autocast(transformer):
 def test_compiled_blocks(transformer):
     inputs = make_inputs()
     want = dense(transformer, inputs)
-    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
     with attach(transformer, TREE):
         assert_as_dense(transformer, inputs, want)
 

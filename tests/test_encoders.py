@@ -4,16 +4,10 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from sda_fast.encoders import ImageEncoder
-from tests.tiny_encoders import DEPTH, SIZE, tiny_vision_model
+from tests.tiny_encoders import DEPTH, SIZE, tiny_encoder, tiny_vision_model
 
 CLIPS = ["clip", "siglip", "internvl"]
 DINOS = ["dinov2", "dinov2_with_registers"]
-
-
-def tiny_encoder(clip="clip", dino="dinov2", dino_patch=8, **options):
-    clip_model = tiny_vision_model(clip)
-    dino_model = tiny_vision_model(dino, dino_patch, seed=1)
-    return ImageEncoder(clip_model, dino_model, size=SIZE, **options)
 
 
 @pytest.mark.parametrize("clip", CLIPS)

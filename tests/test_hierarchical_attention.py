@@ -321,7 +321,7 @@ def test_the_mask_is_kept_and_their_number_is_bounded():
     assert (_bias.cache_info().misses, _bias.cache_info().hits) == (1, 2)
     for w in range(1, 30):
         _bias((1, 1), 1, w, "overlap", 0, 1, (), torch.float32)
-    assert _bias.cache_info().currsize <= 8
+    assert _bias.cache_info().currsize <= 4
 
 
 def test_a_cuda_tensor_is_refused_until_there_is_a_kernel():
@@ -341,7 +341,7 @@ BAD = [
     ({"k": lambda t: t[..., :8], "v": lambda t: t[..., :8]}, "k must have B, H, D of q"),
     (
         {"q": lambda t: t[:, :-1]},
-        r"q must have S = 43 = 22 positions \+ .* got S = 42",
+        "q must have S = 43: positions, .* got S = 42",
     ),
     ({n: lambda t: t[:0] for n in "qkv"}, "q must not be empty"),
     ({"tree": lambda _: (2, 1, 1)}, "tree must be a Hierarchy, got tuple"),

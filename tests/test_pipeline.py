@@ -1,81 +1,26 @@
-import json
-import os
-
-import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline, FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from diffusers.models.transformers import transformer_flux
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from sda_fast.adapter import SemanticAdapter
 from sda_fast.embedding import SemanticEmbedding
-from sda_fast.encoders import ImageEncoder
-from sda_fast.hierarchy import Hierarchy
 from sda_fast.pipeline import SemanticPipeline
-from sda_fast.pipeline_folder import MANIFEST, SETTINGS, DecodeDefaults
-from sda_fast.scenes.vae import SpaceToDepthVAE
+from sda_fast.pipeline_folder import DecodeDefaults
 
-from .tiny_flux import PATCH, WIDTH, tiny_flux_pipeline
-
-TREE = Hierarchy((3, 2, 1))
-CLOSE = {"rtol": 0, "atol": 1e-5}
-DEFAULTS = DecodeDefaults(2 * PATCH, 2 * PATCH, steps=2)
-VISION = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 16,
-    "patch_size": 4,
-}
-
-
-def make_adapter(pooled_features=WIDTH, out_features=WIDTH) -> SemanticAdapter:
-    torch.manual_seed(5)
-    adapter = SemanticAdapter(
-        tokens_per_node=TREE.tokens_per_node,
-        in_features=32,
-        width=16,
-        num_layers=1,
-        num_heads=1,
-        out_features=out_features,
-        pooled_features=pooled_features,
-    )
-    if pooled_features:
-        adapter.pooled.normal_()
-    clip = CLIPVisionModel(CLIPVisionConfig(**VISION))
-    dino = Dinov2Model(Dinov2Config(**VISION))
-    adapter.set_encoder(ImageEncoder(clip, dino, size=16, clip_mean=(0.4, 0.5, 0.6)))
-    return adapter.eval()
-
-
-def make_pipe(cls=FluxPipeline, pooled_features=WIDTH, **overrides) -> SemanticPipeline:
-    flux = tiny_flux_pipeline(cls, **overrides)
-    return SemanticPipeline(flux, make_adapter(pooled_features), DEFAULTS)
-
-
-def make_embedding(batch=2, pooled=True, width=WIDTH, seed=7) -> SemanticEmbedding:
-    torch.manual_seed(seed)
-    vector = torch.randn(batch, WIDTH) if pooled else None
-    return SemanticEmbedding(torch.randn(batch, TREE.num_tokens, width), TREE, vector)
-
-
-def make_picture(width=24, height=24, seed=0) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
+from .tiny_flux import WIDTH, tiny_flux_pipeline
+from .tiny_pipeline import (
+    CLOSE,
+    DEFAULTS,
+    TREE,
+    make_adapter,
+    make_embedding,
+    make_picture,
+    make_pipe,
+)
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +172,7 @@ def test_decode_refuses(pipe, options, message):
 
 def test_parts_that_do_not_fit():
     flux = tiny_flux_pipeline(FluxPipeline)
-    with pytest.raises(ValueError, match="positions of the 32 channels.*out_features=16"):
+    with pytest.raises(ValueError, match=r"positions of the 32 channels.*out_features=16"):
         SemanticPipeline(flux, make_adapter(out_features=16))
     with pytest.raises(ValueError, match="FluxTransformer2DModel, got Linear"):
         SemanticPipeline(torch.nn.Linear(1, 1), make_adapter())
@@ -238,11 +183,11 @@ def test_reconstruct_keeps_aspect_and_order(pipe):
     square = make_picture(30, 30, seed=3)
     pictures = pipe.reconstruct([wide, square, tall, wide], seed=[5, 6, 7, 8])
     assert [p.size for p in pictures] == [(48, 16), (32, 32), (16, 64), (48, 16)]
-    for place, (picture, seed) in enumerate(zip([wide, square, tall, wide], range(5, 9))):
-        size = pictures[place].height, pictures[place].width
-        alone = pipe.decode(pipe.encode(picture), *size, seed=seed)[0]
-        assert alone.size == pictures[place].size
-        assert difference(alone, pictures[place]) <= 1
+    for seed, picture, rebuilt in zip(
+        (5, 6, 7, 8), (wide, square, tall, wide), pictures, strict=True
+    ):
+        alone = pipe.decode(pipe.encode(picture), rebuilt.height, rebuilt.width, seed=seed)[0]
+        assert difference(alone, rebuilt) <= 1
     assert difference(pictures[0], pictures[3]) > 1  # another seed
     out = pipe.reconstruct([wide, tall], 32, 48, output="pt")
     assert out.shape == (2, 3, 32, 48)
@@ -297,196 +242,3 @@ def test_interpolate(pipe):
         pipe.interpolate(a, b, 1)
     with pytest.raises(ValueError, match="method must be one of slerp, lerp"):
         pipe.interpolate(a, b, method="mean")
-
-
-@pytest.fixture(scope="module")
-def saved(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    pipe.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(saved, tmp_path):
-    """A folder of links to the saved model, for a test to break one of them."""
-    for file in saved.rglob("*"):
-        target = tmp_path / "copy" / file.relative_to(saved)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_file():
-            os.link(file, target)
-    return tmp_path / "copy"
-
-
-def replace(file, data: bytes) -> None:
-    file.unlink()  # the other name of the link keeps its bytes
-    file.write_bytes(data)
-
-
-def test_save_and_load(pipe, saved, tmp_path):
-    names = {p.name for p in saved.iterdir()}
-    assert names == {"flux", "adapter", "clip", "dino", SETTINGS, MANIFEST}
-    loaded = SemanticPipeline.from_pretrained(saved)
-    assert loaded.defaults == DEFAULTS
-    assert loaded.adapter.encoder.clip_mean == pipe.adapter.encoder.clip_mean
-    assert not any(p.requires_grad for p in loaded.flux.transformer.parameters())
-    picture = make_picture(40, 24)
-    want = pipe.reconstruct(picture, output="pt")
-    assert torch.equal(loaded.reconstruct(picture, output="pt"), want)
-    loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / MANIFEST).read_bytes() == (saved / MANIFEST).read_bytes()
-
-
-def test_saved_files_name_no_folder_of_this_machine(saved, tmp_path):
-    SemanticPipeline.from_pretrained(saved).save_pretrained(tmp_path / "again")
-    for file in (tmp_path / "again").rglob("*.json"):
-        assert str(saved.parent) not in file.read_text()
-
-
-def test_load_from_separate_folders(pipe, saved, tmp_path):
-    """As on the hub: each part in a repository of its own."""
-    parts = {name: saved / name for name in ("flux", "adapter", "clip", "dino")}
-    settings = {"size": 16, "clip_mean": (0.4, 0.5, 0.6)}
-    loaded = SemanticPipeline.from_pretrained(**parts, encoder=settings)
-    assert loaded.defaults.height == 1024
-    picture = make_picture()
-    want = pipe.reconstruct(picture, 32, 32, steps=2, output="pt")
-    assert torch.equal(loaded.reconstruct(picture, 32, 32, steps=2, output="pt"), want)
-    blind = SemanticPipeline.from_pretrained(flux=parts["flux"], adapter=parts["adapter"])
-    emb = make_embedding()
-    out = blind.decode(emb, 32, 32, 2, output="pt")
-    assert torch.equal(out, pipe.decode(emb, output="pt"))
-    with pytest.raises(ValueError, match="no encoder"):
-        blind.encode(picture)
-    blind.save_pretrained(tmp_path / "blind")
-    again = SemanticPipeline.from_pretrained(tmp_path / "blind")
-    assert again.adapter.encoder is None
-    # a part in place of the folder's own, another dtype
-    mixed = SemanticPipeline.from_pretrained(saved, dino=parts["dino"], dtype=torch.bfloat16)
-    assert mixed.flux.transformer.dtype == mixed.adapter.dtype == torch.bfloat16
-    assert mixed.adapter.encoder.dino.dtype == torch.bfloat16
-
-
-def test_class_and_vae_come_from_the_folder(tmp_path, recwarn, capfd):
-    """Another Flux pipeline, and the space-to-depth VAE that diffusers does not know."""
-    flux = tiny_flux_pipeline(FluxKontextPipeline, in_channels=48)
-    components = {**flux.components, "vae": SpaceToDepthVAE()}
-    flux = FluxKontextPipeline(**components)
-    pipe = SemanticPipeline(flux, make_adapter(), DecodeDefaults(8, 8))
-    assert pipe.patch == 4
-    pipe.save_pretrained(tmp_path / "model")
-    index = json.loads((tmp_path / "model" / "flux" / "model_index.json").read_text())
-    assert index["vae"] == ["sda_fast.scenes.vae", "SpaceToDepthVAE"]
-    capfd.readouterr()
-    loaded = SemanticPipeline.from_pretrained(tmp_path / "model")
-    assert "Expected types for vae" not in capfd.readouterr().err
-    assert type(loaded.flux) is FluxKontextPipeline
-    assert type(loaded.flux.vae) is SpaceToDepthVAE
-    options = {"steps": 1, "max_area": 64, "_auto_resize": False, "output": "pt"}
-    loaded.flux.set_progress_bar_config(disable=True)
-    source = torch.rand(1, 3, 8, 8)
-    out = loaded.decode(make_embedding(1), image=source, **options)
-    assert torch.equal(out, pipe.decode(make_embedding(1), image=source, **options))
-    assert out.shape == (1, 3, 8, 8)
-
-
-def test_saving_over(pipe, saved, copy, tmp_path, monkeypatch):
-    (copy / "adapter" / "stray.txt").write_text("old")
-    pipe.save_pretrained(copy)  # one saved before is replaced, as a whole
-    assert not (copy / "adapter" / "stray.txt").exists()
-    assert (copy / MANIFEST).read_bytes() == (saved / MANIFEST).read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(pipe.adapter.encoder.dino, "save_pretrained", full)
-    with pytest.raises(OSError, match="no space"):
-        pipe.save_pretrained(copy)
-    SemanticPipeline.from_pretrained(copy)
-    assert {p.name for p in tmp_path.iterdir()} == {"copy"}  # no leavings
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_saving_over_something_else(pipe, tmp_path, kind):
-    target = tmp_path / "thesis"
-    if kind == "file":
-        target.write_text("chapter 1")
-    else:
-        target.mkdir()
-        (target / "chapter").write_text("1")
-    with pytest.raises(ValueError, match="path must be new, empty or a saved pipeline.*thesis"):
-        pipe.save_pretrained(target)
-    assert (target if kind == "file" else target / "chapter").read_text() in ("chapter 1", "1")
-
-
-def test_a_flipped_bit_is_noticed(copy):
-    file = copy / "adapter" / "diffusion_pytorch_model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    replace(file, bytes(data))
-    with pytest.raises(
-        ValueError, match=f"diffusion_pytorch_model.safetensors differs.*{MANIFEST}"
-    ):
-        SemanticPipeline.from_pretrained(copy)
-    file.unlink()
-    with pytest.raises(ValueError, match="is missing"):
-        SemanticPipeline.from_pretrained(copy)
-
-
-BREAKAGES = {
-    "no settings": (SETTINGS, None, FileNotFoundError, f"without {SETTINGS}"),
-    "foreign settings": (SETTINGS, b'{"a": 1}', ValueError, "settings of a SemanticPipeline"),
-    "no model index": ("flux/model_index.json", None, FileNotFoundError, "flux must be a Flux"),
-    "another pipeline": (
-        "flux/model_index.json",
-        b'{"_class_name": "FluxPipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}',
-        ValueError,
-        "FluxTransformer2DModel, got 'FluxPipeline' with .*SD3",
-    ),
-    "torn transformer": (
-        "flux/transformer/diffusion_pytorch_model.safetensors",
-        b"\x10\x00",
-        ValueError,
-        "truncated",
-    ),
-    "pickled transformer": (
-        "flux/transformer/diffusion_pytorch_model.bin",
-        b"pickle",
-        ValueError,
-        "pickled",
-    ),
-    "another adapter": ("adapter/config.json", b'{"_class_name": "T2IAdapter"}', ValueError, "T2I"),
-    "no encoder": ("dino/config.json", None, FileNotFoundError, "dino must be a model folder"),
-}
-
-
-@pytest.mark.parametrize("breakage", BREAKAGES)
-def test_broken_folders(copy, breakage):
-    name, data, error, message = BREAKAGES[breakage]
-    (copy / MANIFEST).unlink()
-    file = copy / name
-    if name.endswith(".bin"):
-        file.with_suffix(".safetensors").unlink()
-    else:
-        file.unlink()
-    if data is not None:
-        file.write_bytes(data)
-    with pytest.raises(error, match=message):
-        SemanticPipeline.from_pretrained(copy)
-
-
-def test_wrong_arguments_to_from_pretrained(saved, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"clip together with dino.*got flux, adapter, clip"):
-        SemanticPipeline.from_pretrained(
-            flux=saved / "flux", adapter=saved / "adapter", clip=saved / "clip"
-        )
-    with pytest.raises(ValueError, match="flux and adapter.*got flux"):
-        SemanticPipeline.from_pretrained(flux=saved / "flux")
-    with pytest.raises(FileNotFoundError, match="path must be a folder.*nowhere"):
-        SemanticPipeline.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="flux must be a folder.*nowhere"):
-        SemanticPipeline.from_pretrained(saved, flux=tmp_path / "nowhere")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match=r"flux must be a folder or a hub id, got 'some-one/flux'"):
-        SemanticPipeline.from_pretrained(saved, flux="some-one/flux")
-    with pytest.raises(OSError, match=r"path must be a folder or a hub id, got 'some-one/model'"):
-        SemanticPipeline.from_pretrained("some-one/model")

@@ -43,7 +43,7 @@ def tiny_scenes_pipeline(
         adapter = SemanticAdapter(
             tokens_per_node=tokens_per_node,
             in_features=32,
-            width=16,
+            width=32,
             num_layers=1,
             num_heads=2,
             out_features=WIDTH,

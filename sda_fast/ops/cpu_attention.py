@@ -59,6 +59,6 @@ def compute_dtype(t: Tensor) -> torch.dtype:
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    # half precision is cast up: measured 3 to 5 times faster than torch's own bf16 and fp16
-    # kernels at the lengths of small models (S = 92), no slower forward at S = 1152, and exact
+    # half precision is cast up: more exact, measured 2 to 3 times faster than torch's bf16 kernel
+    # at S = 92, 5 times than its fp16 one (bf16 at S = 1152, D = 128: 1.3 times slower)
     return [t.to(compute_dtype(t)).transpose(1, 2) for t in tensors]

@@ -94,12 +94,7 @@ def hierarchical_attention(
     faults += _option_faults(tree, isolate_level, source)
     if not faults:
         length = tree.num_tokens + extra_text + h * w + (source[0] * source[1] if source else 0)
-        faults += [
-            f"{name} must have S = {length} = {tree.num_tokens} positions + {extra_text} extra "
-            f"text + {h}*{w} image{' + source' if source else ''} tokens, got S = {t.shape[1]}"
-            for name, t in (("q", q), ("k", k))
-            if t.shape[1] != length
-        ]
+        faults = _length_faults(q, k, length)
     refuse("hierarchical_attention", faults)
     require_kernel("hierarchical_attention", q.device)
     out, lse = _forward(
@@ -158,7 +153,7 @@ def _gradients(ctx: Any, d_out: Tensor, _d_lse: Tensor) -> tuple[Tensor | None, 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _bias(
     tokens_per_node: tuple[int, ...], h: int, w: int, rule: str, extra_text: int,
     isolate_level: int, source: tuple[int, ...], dtype: torch.dtype,
@@ -182,6 +177,15 @@ def _layout_faults(tree: Hierarchy, h: int, w: int, rule: str, extra_text: int) 
     if rule not in RULES:
         faults.append(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     return faults
+
+
+def _length_faults(q: Tensor, k: Tensor, length: int) -> list[str]:
+    return [
+        f"{name} must have S = {length}: positions, extra text, h*w image and source tokens; "
+        f"got S = {t.shape[1]}"
+        for name, t in (("q", q), ("k", k))
+        if t.shape[1] != length
+    ]
 
 
 def _option_faults(

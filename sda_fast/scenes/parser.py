@@ -32,14 +32,14 @@ from sda_fast.scenes.world import (
 
 GRID = 32
 """Largest side, in pixels, of the picture that is searched."""
-CHUNK = 32
-"""Pictures parsed at once; bounds the memory of the search at about 30 MB."""
+CHUNK = 8
+"""Pictures searched at once: as many as keep the gains in the processor's cache."""
 CANDIDATES = 4
 """How many shapes and sizes are fitted at full resolution for each object found."""
 STEPS = 3
 """Gauss-Newton steps of a fit."""
 WORTH = 0.3
-"""An object must take off this share of |T (C - B)|^2; 1 is a perfect object, 0 a half-faded one."""
+"""Least share of |T (C - B)|^2 an object takes off; 1 is a perfect object, 0 a half-faded one."""
 MOST = 8
 """More objects than this are not looked for."""
 CLIP = 0.15
@@ -60,16 +60,10 @@ def parse(pictures: Tensor, world: World) -> list[Scene]:
     Raises:
         ValueError: pictures of another shape or dtype, or with a NaN or an infinity.
     """
-    wanted = (3, world.size, world.size)
-    if (
-        pictures.ndim != 4
-        or tuple(pictures.shape[1:]) != wanted
-        or not pictures.dtype.is_floating_point
-    ):
-        raise ValueError(
-            f"pictures must be a float [B, {', '.join(map(str, wanted))}], "
-            f"got {pictures.dtype} {list(pictures.shape)}"
-        )
+    side = world.size
+    if pictures.shape[1:] != (3, side, side) or not pictures.is_floating_point():
+        got = f"{pictures.dtype} {list(pictures.shape)}"
+        raise ValueError(f"pictures must be a float [B, 3, {side}, {side}], got {got}")
     if not pictures.isfinite().all():
         raise ValueError("pictures must be finite, got NaN or infinity")
     with torch.inference_mode():
@@ -86,8 +80,7 @@ class _Tables:
     pictures: Tensor  # [grounds, 3, size, size]: the grounds, drawn
     colors: Tensor  # [colours, 3]
     spectra: Tensor  # [K, G, G // 2 + 1] complex: conjugated, centred on pixel (0, 0)
-    energy: Tensor  # [grounds, colours, K, G, G]: sum T^2 E
-    outside: Tensor  # [K, G, G] bool: centres at which the object would leave the picture
+    energy: Tensor  # [grounds, colours, K, G, G]: sum T^2 E; inf where T would leave the picture
 
 
 @lru_cache(maxsize=4)
@@ -103,18 +96,15 @@ def _tables(world: World) -> _Tables:
     pictures, colors = render(list(grounds), world.size), torch.tensor(list(COLORS.values()))
     templates = coverage(list(kinds), grid).roll((-(grid // 2),) * 2, (1, 2))
     difference = colors[:, :, None, None] - _shrunk(pictures, grid)[:, None]
-    energy = torch.stack([_correlate(t.square(), difference.square().sum(2)) for t in templates], 2)
+    spectrum = torch.fft.rfft2(templates.square()).conj()
+    spectrum = spectrum * torch.fft.rfft2(difference.square().sum(2))[:, :, None]
+    energy = torch.fft.irfft2(spectrum, s=(grid, grid))
     reach = (torch.arange(grid) + 0.5) / grid
     reach = torch.minimum(reach, 1 - reach)
     radius = torch.tensor([o.radius for o in kinds])[:, None, None]
     outside = torch.minimum(reach[:, None], reach) < radius - 0.5 / grid
-    spectra = torch.fft.rfft2(templates).conj()
-    return _Tables(kinds, grounds, pictures, colors, spectra, energy, outside)
-
-
-def _correlate(template: Tensor, maps: Tensor) -> Tensor:
-    spectrum = torch.fft.rfft2(template).conj() * torch.fft.rfft2(maps)
-    return torch.fft.irfft2(spectrum, s=tuple(maps.shape[-2:]))
+    energy.masked_fill_(outside, float("inf"))
+    return _Tables(kinds, grounds, pictures, colors, torch.fft.rfft2(templates).conj(), energy)
 
 
 def _shrunk(pictures: Tensor, grid: int) -> Tensor:
@@ -148,8 +138,8 @@ def _ground(pictures: Tensor, tables: _Tables) -> Tensor:
 
 
 def _gains(rest: Tensor, base: Tensor, ground: Tensor, tables: _Tables) -> Tensor:
-    """Return every object's gain, -inf where it is not WORTH it: [B, colours, K, G, G]."""
-    grid = tables.outside.shape[-1]
+    """Return every object's gain, [B, colours, K, G, G]; -inf where it is not WORTH it."""
+    grid = tables.energy.shape[-1]
     rest, base = _shrunk(rest, grid), _shrunk(base, grid)
     # D is linear in the colour: four correlations serve all of them
     maps = torch.cat([rest, (rest * base).sum(1, keepdim=True)], 1)
@@ -157,8 +147,8 @@ def _gains(rest: Tensor, base: Tensor, ground: Tensor, tables: _Tables) -> Tenso
     likeness = torch.fft.irfft2(spectrum, s=(grid, grid))
     dot = torch.einsum("nc,bckyx->bnkyx", tables.colors, likeness[:, :3]) - likeness[:, 3:]
     energy = tables.energy[ground]
-    gain = 2 * dot - energy
-    return gain.masked_fill_((gain < WORTH * energy) | tables.outside, float("-inf"))
+    gain = dot.mul_(2).sub_(energy)
+    return gain.masked_fill_(gain < WORTH * energy, float("-inf"))
 
 
 def _fit(
@@ -190,17 +180,11 @@ def _fit(
     dot = (rest * difference).sum(1)[:, None]
     energy = difference.square().sum(1)[:, None]
     y, x, drawn, gain = _sharpen(tables, kind, y, x, dot, energy)
-    winner = gain.argmax(1)
-    objects = [
-        replace(
-            tables.kinds[int(kind[i, j])],
-            color=list(COLORS)[color[i]],
-            y=float(y[i, j]),
-            x=float(x[i, j]),
-        )
-        for i, j in enumerate(winner.tolist())
-    ]
-    return objects, drawn[torch.arange(batch), winner][:, None] * difference
+    winner = torch.arange(batch), gain.argmax(1)
+    plain = _moved(tables, kind[winner], y[winner], x[winner])
+    names = [list(COLORS)[c] for c in color.tolist()]
+    objects = [replace(o, color=name) for o, name in zip(plain, names, strict=True)]
+    return objects, drawn[winner][:, None] * difference
 
 
 def _sharpen(
@@ -221,7 +205,7 @@ def _sharpen(
     """
     size = dot.shape[-1]
     for step in range(STEPS + 1):
-        drawn = _cover(tables, kind, y, x, size)
+        drawn = coverage(_moved(tables, kind, y, x), size).reshape(*kind.shape, size, size)
         if step == STEPS:
             break
         # a shifted template is a shifted picture of it: the slope in y is minus that along y
@@ -240,7 +224,7 @@ def _sharpen(
     return y, x, drawn, (drawn * (2 * dot - energy * drawn)).sum((2, 3))
 
 
-def _cover(tables: _Tables, kind: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
+def _moved(tables: _Tables, kind: Tensor, y: Tensor, x: Tensor) -> list[SceneObject]:
+    """Return one object for each element of kind, y and x."""
     places = zip(kind.flatten().tolist(), y.flatten().tolist(), x.flatten().tolist(), strict=True)
-    objects = [replace(tables.kinds[k], y=v, x=u) for k, v, u in places]
-    return coverage(objects, size).reshape(*kind.shape, size, size)
+    return [replace(tables.kinds[k], y=v, x=u) for k, v, u in places]

@@ -18,6 +18,17 @@ COLORS = {
 }
 SIZES = {"small": 0.11, "medium": 0.15, "large": 0.20}
 """Circumradius, in units of the picture's side."""
+EXTENTS = {
+    "circle": (-0.95, -0.95, 0.95, 0.95),
+    "square": (-0.74, -0.74, 0.74, 0.74),
+    "triangle": (-1.0, -0.895, 0.55, 0.895),
+    "cross": (-0.92, -0.92, 0.92, 0.92),
+    "diamond": (-0.99, -0.99, 0.99, 0.99),
+    "ring": (-0.95, -0.95, 0.95, 0.95),
+    "star": (-1.0, -0.951, 0.809, 0.951),
+    "heart": (-0.8, -1.177, 0.877, 1.177),
+}
+"""Top, left, bottom and right edge of each shape from its centre, in units of the circumradius."""
 TONES = {
     "charcoal": (0.12, 0.12, 0.14),
     "slate": (0.20, 0.26, 0.34),
@@ -45,6 +56,12 @@ class SceneObject:
     def radius(self) -> float:
         """Circumradius in units of the picture's side."""
         return SIZES[self.size]
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """The tightest (y0, x0, y1, x1) around what is drawn, in units of the picture's side."""
+        top, left, bottom, right = (edge * self.radius for edge in EXTENTS[self.shape])
+        return self.y + top, self.x + left, self.y + bottom, self.x + right
 
 
 @dataclass(frozen=True, slots=True)
