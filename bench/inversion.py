@@ -6,15 +6,16 @@ that picture alone. It bounds what the decoder could rebuild, at hundreds of tim
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sda_fast.embedding import SemanticEmbedding
+from sda_fast.pipeline import SemanticPipeline
 
 LEARNING_RATE = 0.05
 """In units of the start's RMS; falls to zero along a half cosine."""
@@ -23,10 +24,9 @@ DRAWS = 4
 
 
 def invert(
-    flux: FluxPipeline,
+    pipe: SemanticPipeline,
     pictures: Tensor,
     start: SemanticEmbedding,
-    patch: int,
     steps: int = 400,
     on_step: Callable[[], None] = lambda: None,
 ) -> SemanticEmbedding:
@@ -37,10 +37,9 @@ def invert(
     https://arxiv.org/abs/2208.01618.
 
     Args:
-        flux: the frozen decoder.
+        pipe: its Flux pipeline is the decoder, and stays as it is.
         pictures: [B, 3, H, W] in [0, 1].
         start: [B, N, C], with its pooled vector.
-        patch: pixels along one image token.
         steps: of the optimizer.
         on_step: called after each.
 
@@ -56,6 +55,7 @@ def invert(
             f"got {list(pictures.shape)} and {steps}"
         )
     height, width = pictures.shape[2:]
+    flux, patch = pipe.flux, pipe.patch
     fixed = start.flux_inputs(height, width, patch=patch)
     x0 = _pack(flux, pictures).repeat_interleave(DRAWS, dim=0)
     img_ids = flux._prepare_latent_image_ids(
@@ -67,7 +67,10 @@ def invert(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        t, noise = _times(*x0.shape[:2], generator), torch.randn(x0.shape, generator=generator)
+        t, noise = (
+            _times(len(x0), x0.shape[1], generator),
+            torch.randn(x0.shape, generator=generator),
+        )
         # the CPU flash kernel's backward costs six times that of plain matrix products here
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             velocity = flux.transformer(
@@ -88,7 +91,7 @@ def invert(
     return SemanticEmbedding(tokens.detach(), start.tree, start.pooled)
 
 
-def _pack(flux: FluxPipeline, pictures: Tensor) -> Tensor:
+def _pack(flux: Any, pictures: Tensor) -> Tensor:
     """[B, 3, H, W] in [0, 1] -> packed latents [B, S_img, C]."""
     vae = flux.vae
     with torch.no_grad():

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -19,7 +18,6 @@ from sda_fast.embedding import SemanticEmbedding
 from sda_fast.files import write_whole
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.images import load_image, to_pil, to_tensor
-from sda_fast.pipeline import SemanticPipeline
 from sda_fast.scenes.parser import parse
 from sda_fast.scenes.render import render
 from sda_fast.scenes.score import match, psnr, row, score
@@ -34,6 +32,9 @@ from sda_fast.sheets import (
     save_png,
 )
 from sda_fast.terminal import load_pipeline, progress_on, stderr_console, steps_shown
+
+if TYPE_CHECKING:
+    from sda_fast.pipeline import SemanticPipeline
 
 COUNT, FRAMES = 8, 9
 QUADRANTS = ("/0", "/1", "/2", "/3")
@@ -117,7 +118,7 @@ def run_demo(
 class _Painter:
     """Draws embeddings, always in the same way, and shows the steps."""
 
-    pipe: SemanticPipeline
+    pipe: "SemanticPipeline"
     progress: Progress
     size: tuple[int, int]
     steps: int
@@ -186,12 +187,12 @@ def _make(
         frames=frames,
         transplants=dict(zip(paths, transplants, strict=True)),
         path=path if path in paths else paths[0],
-        grid=tuple(side // painter.pipe.patch for side in painter.size),
+        grid=(painter.size[0] // painter.pipe.patch, painter.size[1] // painter.pipe.patch),
         metrics={},
     )
 
 
-def _world(pipe: SemanticPipeline) -> World:
+def _world(pipe: "SemanticPipeline") -> World:
     """The scenes world at the size of the pipeline's pictures."""
     size = min(pipe.defaults.height, pipe.defaults.width)
     return SMALL if size == SMALL.size else replace(FULL, size=size)
@@ -215,10 +216,10 @@ def _open_own(paths: Sequence[Path]) -> list[tuple[str, Image.Image]]:
 def _choose(scenes: Sequence[Scene]) -> tuple[int, int, str]:
     """A, B and the quadrant where B has whole objects and A has nothing."""
 
-    def fitness(choice: tuple[int, int, str]) -> tuple[int, int]:
+    def fitness(choice: tuple[int, int, str]) -> tuple[int, ...]:
         a, b, path = choice
         own, foreign = (_inside(scenes[i], path) for i in (a, b))
-        return foreign[0] - own[1], -foreign[1]
+        return foreign[0] - own[1], -foreign[1], len(scenes[a].objects)
 
     pairs = [(a, b) for a in range(len(scenes)) for b in range(len(scenes)) if a != b]
     return max(((a, b, path) for a, b in pairs for path in QUADRANTS), key=fitness)
@@ -322,7 +323,8 @@ def _summary(metrics: Mapping[str, Any]) -> Table:
     keys = [key for key in METRICS if key in metrics["mean"]]
     table.add_column("picture")
     for key in keys:
-        table.add_column(METRICS[key][0], justify="right")
-    for record in [*metrics["pictures"], {"name": "mean", **metrics["mean"]}]:
+        table.add_column(METRICS[key], justify="right")
+    records: list[dict[str, Any]] = [*metrics["pictures"], {"name": "mean", **metrics["mean"]}]
+    for record in records:
         table.add_row(record["name"], *(number(key, record.get(key)) for key in keys))
     return table

@@ -87,10 +87,10 @@ document.querySelectorAll(".card").forEach((card) => {
   const show = (seen, words) => {
     outline(overlay(where), seen);
     cover.replaceChildren();
-    for (let row = 0; seen.length && row < total; row++) {
-      const node = seen.find((one) => one.start <= row && row < one.stop);
-      if (!node) element("rect", { x: 0, y: row, width: 1, height: 1, fill: "#0d0f13", opacity: 0.82 }, cover);
-      else element("rect", { x: 0, y: row, width: 0.018, height: 1, fill: data.colors[node.level] }, cover);
+    for (const node of held) {
+      const box = { x: 0, y: node.start, height: node.stop - node.start - 0.12 };
+      if (seen.length && !seen.includes(node)) element("rect", { ...box, width: 1, fill: "#0d0f13", opacity: 0.85 }, cover);
+      else element("rect", { ...box, width: 0.02, fill: data.colors[node.level] }, cover);
     }
     readout.innerHTML = seen.length ? words + " " + seen.map(key).join("") : usual;
   };
@@ -120,6 +120,7 @@ document.querySelectorAll(".card").forEach((card) => {
     buttons.forEach((button, j) => button.setAttribute("aria-pressed", i === j));
   };
   choose(0);
+  show([], "");
 }
 
 // 3. The interpolation.

@@ -251,7 +251,7 @@ def _table(metrics: Mapping[str, Any]) -> str:
     rows.append(("mean", "mean", metrics["mean"]))
     if "ceiling" in metrics:
         rows.append(("ceiling", "sources, read by the same program", metrics["ceiling"]))
-    head = "".join(f"<th>{METRICS[key][0]}</th>" for key in keys)
+    head = "".join(f"<th>{METRICS[key]}</th>" for key in keys)
     body = "".join(
         f'<tr class="{kind}"><td>{escape(name)}</td>{_cells(keys, record)}</tr>'
         for kind, name, record in rows

@@ -129,27 +129,28 @@ class SemanticPipeline:
         Raises:
             ValueError: an argument does not fit; nothing has run yet.
         """
+        if not isinstance(emb, SemanticEmbedding):
+            raise ValueError(f"emb must be a SemanticEmbedding, got {type(emb).__name__}")
         output = _one_of("output", options.pop("output", "pil"), ("pil", "pt"))
         attention = _one_of("attention", options.pop("attention", "op"), ("op", "mask"))
         default = self.defaults
         inputs: dict[str, Any] = {
-            "height": height or default.height,
-            "width": width or default.width,
+            "height": default.height if height is None else height,
+            "width": default.width if width is None else width,
             "num_inference_steps": check_int("steps", default.steps if steps is None else steps, 1),
             "guidance_scale": default.guidance if guidance is None else guidance,
             "generator": [torch.Generator().manual_seed(s) for s in _seeds(seed, len(emb))],
         }
         h, w = patch_grid(inputs["height"], inputs["width"], self.patch)
         inputs |= self._prompt(emb, options.pop("text", None))
-        isolate_level = options.pop("isolate_level", None)
-        scope = nullcontext()
+        scope, isolate_level = nullcontext(), options.pop("isolate_level", None)
         if attention == "op":
             scope = attach(self.flux.transformer, emb.tree, rule, isolate_level=isolate_level)
         else:
             prompt = inputs["prompt_embeds"]
             extra_text = prompt.shape[1] - emb.tree.num_tokens
             mask = emb.tree.attention_mask(h, w, rule, extra_text, isolate_level)
-            joint = options.pop("joint_attention_kwargs", None) or {}
+            joint = options.get("joint_attention_kwargs") or {}
             joint = {**joint, "attention_mask": mask[None, None].to(prompt.device)}
             options["joint_attention_kwargs"] = joint
         with scope:
@@ -185,7 +186,8 @@ class SemanticPipeline:
         groups = list(group_by_size(images))
         rows = [row for places, _ in groups for row in places]
         seeds = _seeds(seed, len(rows))
-        sizes = [(height, width) if height else self._fit(*p.shape[-2:]) for _, p in groups]
+        keep = height is None
+        sizes = [self._fit(*p.shape[-2:]) if keep else (height, width) for _, p in groups]
         if options.get("output") == "pt" and len(set(sizes)) > 1:
             raise ValueError(
                 "output must be 'pil' for pictures of different aspect ratios, or height and width "
@@ -360,7 +362,7 @@ class SemanticPipeline:
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """One seed for each of count pictures."""
-    seeds = [seed] * count if isinstance(seed, int) else list(seed)
+    seeds = seed if isinstance(seed, Sequence) else [seed] * count
     if len(seeds) != count:
         raise ValueError(f"seed must be one integer, or one for each of {count}, got {len(seeds)}")
     return [check_int("seed", value, 0) for value in seeds]

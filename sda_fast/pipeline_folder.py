@@ -85,7 +85,8 @@ def find_parts(
     parts: dict[str, Any] = dict(given)
     settings = Settings()
     if path is not None or not any(given.values()):
-        root = find_root(SHIPPED if path is None else path)
+        # absolute, so that no part that is missing looks like a hub id
+        root = find_root(SHIPPED if path is None else path).absolute()
         settings = read_settings(root)
         own = parts if settings.encoder else ("flux", "adapter")
         parts |= {name: given[name] or root / name for name in own}

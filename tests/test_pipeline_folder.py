@@ -233,6 +233,10 @@ def test_wrong_arguments_to_from_pretrained(saved, tmp_path, monkeypatch):
         SemanticPipeline.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"flux must be a folder.*nowhere"):
         SemanticPipeline.from_pretrained(saved, flux=tmp_path / "nowhere")
+    (tmp_path / SETTINGS).write_bytes((saved / SETTINGS).read_bytes())
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(FileNotFoundError, match="adapter must be a folder"):
+        SemanticPipeline.from_pretrained(tmp_path.name)  # a relative path
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"flux must be a folder or a hub id, got 'some-one/flux'"):
         SemanticPipeline.from_pretrained(saved, flux="some-one/flux")

@@ -23,7 +23,7 @@ def scenes_dino() -> TrainConfig:
 
 def scenes_adapter() -> AdapterConfig:
     """The adapter, through the frozen decoder: 28 positions in three levels."""
-    return AdapterConfig(name="scenes-adapter", stage="adapter", steps=3200)
+    return AdapterConfig(name="scenes-adapter", stage="adapter", steps=2800)
 
 
 def scenes_flat() -> AdapterConfig:

@@ -66,6 +66,8 @@ def parse(pictures: Tensor, world: World) -> list[Scene]:
         raise ValueError(f"pictures must be a float [B, 3, {side}, {side}], got {got}")
     if not pictures.isfinite().all():
         raise ValueError("pictures must be finite, got NaN or infinity")
+    if not len(pictures):
+        return []
     with torch.inference_mode():
         chunks = pictures.float().cpu().split(CHUNK)
         return [scene for chunk in chunks for scene in _parse(chunk, _tables(world))]

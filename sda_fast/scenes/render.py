@@ -124,9 +124,5 @@ def _backgrounds(scenes: list[Scene], size: int) -> Tensor:
         "gradient": y.expand(size, size),
         "striped": stripes,
     }
-    share = (
-        torch.stack([amount[s.background] for s in scenes])
-        if scenes
-        else torch.empty(0, size, size)
-    )
+    share = torch.stack([amount[s.background] for s in scenes])
     return (tone * (1 + (LIGHTER - 1) * share[:, None])).clamp(0, 1)
