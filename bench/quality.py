@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -248,7 +247,7 @@ def bootstrap(sums: Tensor, fidelity: Tensor) -> dict[str, dict[str, float]]:
     found = {}
     for name, values in table.items():
         low, high = torch.quantile(values[1:].double(), ends.double()).tolist()
-        found[name] = {"mean": round(values[0].item(), 5), "low": low, "high": high}
+        found[name] = {"mean": values[0].item(), "low": low, "high": high}
     return found
 
 
@@ -274,7 +273,8 @@ def run(suite: Suite, out: Path) -> list[Record]:
     suite.pipe.flux.set_progress_bar_config(disable=True)
     records = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn()) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         start = time.perf_counter()
         for case in suite.cases(progress):
             total = len(case.scenes) * case.seeds
@@ -318,7 +318,7 @@ def main(
     except (OSError, ValueError) as error:
         print(f"bench quality: {error}")
         raise typer.Exit(2) from error
-    Console().print(Markdown(quality_tables(run(suite, out))))
+    print(quality_tables(run(suite, out)))
 
 
 def load_flat(folder: Path | None, pipe: SemanticPipeline) -> SemanticAdapter | None:

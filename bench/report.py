@@ -139,8 +139,13 @@ def _circumstances(latest: dict[str, Record]) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    """Markdown that is aligned as text, too."""
+    widths = [max(3, *map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        f"| {' | '.join(c.ljust(w) for c, w in zip(cells, widths, strict=True))} |"
+        for cells in lines
+    )
 
 
 SECTIONS: dict[str, Callable[[Iterable[Record]], str]] = {"quality": quality_tables}

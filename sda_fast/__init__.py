@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sda_fast import ops, reference
     from sda_fast.adapter import SemanticAdapter
-    from sda_fast.attach import attach
+    from sda_fast.attachment import attach
     from sda_fast.embedding import SemanticEmbedding
     from sda_fast.encoders import ImageEncoder
     from sda_fast.hierarchy import Hierarchy
@@ -23,7 +23,7 @@ _HOMES = {
     "SemanticAdapter": "sda_fast.adapter",
     "SemanticEmbedding": "sda_fast.embedding",
     "SemanticPipeline": "sda_fast.pipeline",
-    "attach": "sda_fast.attach",
+    "attach": "sda_fast.attachment",
 }
 
 __all__ = [
@@ -44,8 +44,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'sda_fast' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
-    # a submodule of the same name is set on the package by the import; the public name wins
-    globals()[name] = value
+    globals()[name] = value  # found without this function from now on
     return value
 
 

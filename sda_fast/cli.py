@@ -38,6 +38,7 @@ class _Commands(TyperGroup):
     """Turns expected errors into one line on stderr and an exit code; the rest is a bug."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:

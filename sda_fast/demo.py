@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -31,7 +32,7 @@ from sda_fast.sheets import (
     level_legend,
     save_png,
 )
-from sda_fast.terminal import load_pipeline, progress_on, stderr_console, steps_shown
+from sda_fast.terminal import load_pipeline, progress_on, stderr_console, steps_shown, working
 
 if TYPE_CHECKING:
     from sda_fast.pipeline import SemanticPipeline
@@ -81,27 +82,17 @@ def run_demo(
     with progress_on(console) as progress:
         with clock.timed("load"):
             pipe = load_pipeline(model, progress)
-        size = pipe.defaults.height, pipe.defaults.width
-        scenes: list[Scene] = []
-        names = [name for name, _ in own] or [f"scene {i + 1}" for i in range(COUNT)]
-        if own:
-            sources = [ImageOps.fit(picture, size[::-1]) for _, picture in own]
-            choice = (0, 1, "/1")
-        else:
-            world = _world(pipe)
-            size = world.size, world.size
-            scenes = sample_scenes(world, "test", seed, COUNT)
-            sources, choice = to_pil(render(scenes, world.size)), _choose(scenes)
-        painter = _Painter(pipe, progress, size, steps or pipe.defaults.steps, seed)
-        demo = _make(painter, names, sources, choice, clock)
-        with clock.timed("score"):
-            scores = _score(demo, scenes, _world(pipe))
+        subjects = _crops(own, pipe) if own else _scenes(pipe, seed)
+        painter = _Painter(pipe, progress, steps or pipe.defaults.steps, seed)
+        demo = _make(painter, subjects, clock)
+        with clock.timed("score"), working(progress, "reading what came back"):
+            scores = _score(demo, subjects.scenes, _world(pipe))
     demo.metrics.update(
         model=model,
         seed=seed,
-        steps=steps or pipe.defaults.steps,
+        steps=painter.steps,
         **scores,
-        seconds=clock.seconds | {"total": sum(clock.seconds.values())},
+        seconds=clock.seconds | {"total": round(sum(clock.seconds.values()), 3)},
         versions={name: metadata.version(name) for name in PACKAGES},
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -110,8 +101,32 @@ def run_demo(
     write_whole(out / "metrics.json", text + "\n")
     report = write_report(demo, out / "report.html")
     console.print(_summary(demo.metrics))
-    console.print(f"report: {report}")
     return report
+
+
+@dataclass(frozen=True)
+class _Subjects:
+    """What is rebuilt: pictures of one size; their scenes, if they are some; A, B and a node."""
+
+    names: list[str]
+    sources: list[Image.Image]
+    scenes: list[Scene]
+    choice: tuple[int, int, str]
+
+
+def _scenes(pipe: "SemanticPipeline", seed: int) -> _Subjects:
+    """Scenes that nothing was trained on."""
+    world = _world(pipe)
+    scenes = sample_scenes(world, "test", seed, COUNT)
+    names = [f"scene {i + 1}" for i in range(COUNT)]
+    return _Subjects(names, to_pil(render(scenes, world.size)), scenes, _choose(scenes))
+
+
+def _crops(own: Sequence[tuple[str, Image.Image]], pipe: "SemanticPipeline") -> _Subjects:
+    """Pictures somebody brought, at the size that the model draws."""
+    size = pipe.defaults.width, pipe.defaults.height
+    sources = [ImageOps.fit(picture, size) for _, picture in own]
+    return _Subjects([name for name, _ in own], sources, [], (0, 1, "/1"))
 
 
 @dataclass(frozen=True)
@@ -120,13 +135,12 @@ class _Painter:
 
     pipe: "SemanticPipeline"
     progress: Progress
-    size: tuple[int, int]
     steps: int
     seed: int
 
-    def draw(self, emb: SemanticEmbedding, words: str) -> list[Image.Image]:
-        """One picture each, as many at a time as are cheap to hold."""
-        height, width = self.size
+    def draw(self, emb: SemanticEmbedding, size: tuple[int, int], words: str) -> list[Image.Image]:
+        """One picture (width, height) each, as many at a time as are cheap to hold."""
+        width, height = size
         at_once = max(1, PIXELS_AT_ONCE // (height * width))
         parts = [emb.select(slice(i, i + at_once)) for i in range(0, len(emb), at_once)]
         callback = steps_shown(self.progress, words, self.steps * len(parts))
@@ -151,43 +165,39 @@ class _Clock:
 
     @contextmanager
     def timed(self, name: str) -> Generator[None, None, None]:
+        """Measure what is done inside."""
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
-def _make(
-    painter: _Painter,
-    names: list[str],
-    sources: list[Image.Image],
-    choice: tuple[int, int, str],
-    clock: _Clock,
-) -> Demo:
+def _make(painter: _Painter, subjects: _Subjects, clock: _Clock) -> Demo:
     """All pictures of the demo; words and metrics are still empty."""
-    a, b, path = choice
-    with clock.timed("encode"):
-        emb = painter.pipe.encode(sources)
+    a, b, path = subjects.choice
+    size = width, height = subjects.sources[0].size
+    with clock.timed("encode"), working(painter.progress, "encoding"):
+        emb = painter.pipe.encode(subjects.sources)
     ends = emb.select(a), emb.select(b)
     way = [ends[0].slerp(ends[1], i / (FRAMES - 1)) for i in range(FRAMES)]
     paths = QUADRANTS if emb.tree.num_levels > 1 else ("/",)
     mixed = [ends[0].transplant(ends[1], node) for node in paths]
     with clock.timed("rebuild"):
-        rebuilt = painter.draw(emb, "rebuilding")
+        rebuilt = painter.draw(emb, size, "rebuilding")
     with clock.timed("interpolate"):
-        frames = painter.draw(SemanticEmbedding.cat(way), "interpolating")
+        frames = painter.draw(SemanticEmbedding.cat(way), size, "interpolating")
     with clock.timed("transplant"):
-        transplants = painter.draw(SemanticEmbedding.cat(mixed), "transplanting")
+        transplants = painter.draw(SemanticEmbedding.cat(mixed), size, "transplanting")
     return Demo(
-        names=names,
-        sources=sources,
+        names=subjects.names,
+        sources=subjects.sources,
         rebuilt=rebuilt,
         embedding=emb,
-        words=[[] for _ in sources],
+        words=[[] for _ in subjects.sources],
         ends=(a, b),
         frames=frames,
         transplants=dict(zip(paths, transplants, strict=True)),
         path=path if path in paths else paths[0],
-        grid=(painter.size[0] // painter.pipe.patch, painter.size[1] // painter.pipe.patch),
+        grid=(height // painter.pipe.patch, width // painter.pipe.patch),
         metrics={},
     )
 
@@ -241,7 +251,7 @@ def _write_sheets(demo: Demo, out: Path) -> None:
     tree, shown = demo.embedding.tree, [enlarge(p) for p in demo.sources]
     triples = [
         (
-            Tile(source, name),
+            Tile(source, f"{name}: source"),
             Tile(enlarge(rebuilt), _words_under(record)),
             Tile(draw_hierarchy(source, tree), "hierarchy"),
         )
@@ -319,12 +329,12 @@ def _name(o: SceneObject) -> str:
 
 
 def _summary(metrics: Mapping[str, Any]) -> Table:
-    table = Table(title=f"{metrics['model']}: {len(metrics['pictures'])} pictures rebuilt")
+    table = Table(title=escape(f"rebuilt by {metrics['model']}"), title_justify="left")
     keys = [key for key in METRICS if key in metrics["mean"]]
     table.add_column("picture")
     for key in keys:
         table.add_column(METRICS[key], justify="right")
     records: list[dict[str, Any]] = [*metrics["pictures"], {"name": "mean", **metrics["mean"]}]
     for record in records:
-        table.add_row(record["name"], *(number(key, record.get(key)) for key in keys))
+        table.add_row(escape(record["name"]), *(number(key, record.get(key)) for key in keys))
     return table

@@ -25,8 +25,8 @@ HEAT_COLUMNS = 128
 """Most channels of a position that its pattern shows, evenly picked."""
 COLD, ZERO, WARM = (64, 132, 255), (13, 15, 19), (255, 179, 0)
 METRICS = {
-    "recall": "objects found",
-    "precision": "objects right",
+    "recall": "recall",
+    "precision": "precision",
     "color": "colour",
     "shape": "shape",
     "size": "size",
@@ -44,8 +44,8 @@ TILES = {
 SNIPPET = """import sda_fast as sda
 
 pipe = sda.SemanticPipeline.from_pretrained({model!r})
-a, b = pipe.encode("a.png"), pipe.encode("b.png")   # [1, {positions}, {channels}] each
-mixed = a.transplant(b, "{path}")                        # one node and everything below it
+a, b = pipe.encode("a.png"), pipe.encode("b.png")  # [1, {positions}, {channels}] each
+mixed = a.transplant(b, "{path}")  # one node and everything below it
 pipe.decode(mixed)[0].save("mixed.png")"""
 
 
@@ -237,9 +237,10 @@ def _table_words(metrics: Mapping[str, Any]) -> str:
     if "ceiling" not in metrics:
         return "These are your own pictures, so only pixels can be compared."
     return (
-        "A program reads both pictures and compares the objects it finds with the scene that was "
-        "drawn. The last line is the same for the sources themselves: what the program would give "
-        "a perfect decoder."
+        "A program reads the rebuilt pictures and compares the objects it finds with the scene. "
+        "Recall and precision count objects by their place alone; colour, shape and size are "
+        "those of the objects found. The last line is what it says of the sources themselves: "
+        "more than that no decoder can reach."
     )
 
 

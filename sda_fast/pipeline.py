@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sda_fast.adapter import SemanticAdapter
-from sda_fast.attach import attach
+from sda_fast.attachment import attach
 from sda_fast.coords import check_int
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.encoders import ImageEncoder

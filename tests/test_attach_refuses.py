@@ -5,7 +5,7 @@ import torch
 from diffusers import FluxPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from sda_fast.attach import HierarchicalFluxAttnProcessor, attach, read_grids
+from sda_fast.attachment import HierarchicalFluxAttnProcessor, attach, read_grids
 
 from .attached_flux import (
     TREE,

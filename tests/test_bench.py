@@ -18,7 +18,6 @@ from sda_fast.scenes.world import SMALL, sample_scenes
 
 from .tiny_scenes import PATCH, POOLED, SIZE, WIDTH, tiny_scenes_pipeline
 
-
 TWICE = 2 * "<!-- generated:quality -->\n<!-- /generated:quality -->\n"
 
 
@@ -156,20 +155,22 @@ def test_tables_show_what_was_measured_and_what_became_of_the_aims():
         "512", "–", "–", "–", "0.940 ±0.020", "0.850 ±0.020", "–", "–", "0.625 ±0.020", "21.2 ±0.5",
     ]  # fmt: skip
     assert lines.index(rebuilt) < next(i for i, x in enumerate(lines) if x.startswith("| flat"))
+    squeezed = {" ".join(line.split()) for line in lines}
     for verdict in (
         "| layout mIoU | ≥ 0.60 | 0.625 | met |",
         "| colour of matched objects | ≥ 0.95 | 0.940 | missed |",
         "| shape of matched objects | ≥ 0.85 | 0.850 | met |",
         "| layout mIoU above the flat QFormer | ≥ 0.10 | 0.125 | met |",
     ):
-        assert verdict in lines
+        assert verdict in squeezed
     assert "3 noise seeds of 20 steps" in tables
     assert all(word in tables for word in ("a1", "torch 2.13.0", "c0ffee"))
 
 
 def test_an_aim_without_its_record_is_not_called_met():
     tables = quality_tables([record("reconstruction", miou=0.9)])
-    assert "| layout mIoU above the flat QFormer | ≥ 0.10 | – | not measured |" in tables
+    (line,) = [line for line in tables.splitlines() if "above the flat QFormer" in line]
+    assert [cell.strip() for cell in line.split("|")[3:5]] == ["–", "not measured"]
     with pytest.raises(ValueError, match="at least one record"):
         quality_tables([])
 
@@ -271,18 +272,18 @@ def test_inversion_fits_each_picture_and_leaves_the_decoder_alone():
 def test_inversion_descends_the_velocity_error():
     """A picture's own positions predict its velocity better than where they started."""
     pipe = tiny_scenes_pipeline()
-    # a decoder that listens: the untrained one's txt stream hardly reaches its output
+    # a decoder that listens: the txt stream of an untrained one hardly reaches its output
     with torch.no_grad():
         for name, weight in pipe.flux.transformer.named_parameters():
-            if "context_embedder" in name or "norm1_context" in name:
-                weight.mul_(5)
+            if "attn" in name and weight.ndim == 2:
+                weight.mul_(4)
     start = SemanticEmbedding(
         torch.randn(1, 28, WIDTH), Hierarchy((4, 2, 1)), torch.zeros(1, POOLED)
     )
     picture = torch.ones(1, 3, SIZE, SIZE)
-    found = invert(pipe, picture, start, steps=60)
+    found = invert(pipe, picture, start, steps=50)
     errors = [velocity_error(pipe, emb, picture) for emb in (start, found)]
-    assert errors[1] < 0.98 * errors[0], errors
+    assert errors[1] < 0.97 * errors[0]
 
 
 @torch.no_grad()

@@ -1,17 +1,17 @@
 """Stage "adapter": picture to embedding to picture, through the frozen decoder."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor
 from transformers import CLIPVisionModel, Dinov2Model
 
 from sda_fast.adapter import SemanticAdapter
 from sda_fast.encoders import HALF, ImageEncoder
 from sda_fast.hierarchy import Hierarchy
+from sda_fast.pipeline_folder import load_flux
 from sda_fast.scenes.models import PATCH, POOLED
-from sda_fast.scenes.vae import SpaceToDepthVAE
 from train.config import AdapterConfig
 from train.losses import cosine_penalty, flow_matching_loss, sample_t
 from train.scenes_text import Velocity, draw, pack, sheet_of
@@ -27,7 +27,7 @@ class AdapterStage:
     def __init__(self, config: AdapterConfig) -> None:
         self.config, self.world = config, WORLDS[config.world]
         torch.manual_seed(config.seed)
-        self.flux = load_flux(config.flux)
+        self.flux: Any = load_flux(require(config.flux, "flux"), torch.float32, {})
         self.encoder = ImageEncoder(
             CLIPVisionModel.from_pretrained(require(config.clip, "clip")),
             Dinov2Model.from_pretrained(require(config.dino, "dino")),
@@ -79,15 +79,6 @@ class AdapterStage:
     def save(self, folder: Path) -> None:
         """Write the adapter to folder/adapter."""
         self.trained.save_pretrained(folder / "adapter")
-
-
-def load_flux(folder: Path) -> FluxPipeline:
-    """Load the frozen decoder; nothing in it takes gradients."""
-    vae = SpaceToDepthVAE.from_pretrained(require(folder, "flux") / "vae")
-    flux = FluxPipeline.from_pretrained(folder, vae=vae, text_encoder=None, tokenizer=None)
-    for module in (flux.transformer, flux.text_encoder_2):
-        module.requires_grad_(False).eval()
-    return flux
 
 
 def require(folder: Path, name: str) -> Path:

@@ -40,6 +40,8 @@ STEPS = 3
 """Gauss-Newton steps of a fit."""
 WORTH = 0.3
 """Least share of |T (C - B)|^2 an object takes off; 1 is a perfect object, 0 a half-faded one."""
+FAINT = 0.6
+"""Weakest an object's colour may be, as a share of the way there from the background."""
 MOST = 8
 """More objects than this are not looked for."""
 CLIP = 0.15
@@ -183,10 +185,25 @@ def _fit(
     energy = difference.square().sum(1)[:, None]
     y, x, drawn, gain = _sharpen(tables, kind, y, x, dot, energy)
     winner = torch.arange(batch), gain.argmax(1)
+    drawn = drawn[winner][:, None]
+    color = _color(drawn, rest, base, tables)
     plain = _moved(tables, kind[winner], y[winner], x[winner])
     names = [list(COLORS)[c] for c in color.tolist()]
     objects = [replace(o, color=name) for o, name in zip(plain, names, strict=True)]
-    return objects, drawn[winner][:, None] * difference
+    return objects, drawn * (tables.colors[color][:, :, None, None] - base)
+
+
+def _color(drawn: Tensor, rest: Tensor, base: Tensor, tables: _Tables) -> Tensor:
+    """Return the colour, int64 [B], that takes most off at its best strength in [FAINT, 1].
+
+    A small blurred object is nowhere its full colour: yellow over a dark ground comes near orange,
+    but is a weaker yellow. The gain at strength a is 2 a sum T D - a^2 sum T^2 E.
+    """
+    difference = tables.colors[:, :, None, None] - base[:, None]
+    dot = (drawn * rest)[:, None].mul(difference).sum((2, 3, 4))
+    energy = (drawn.square()[:, None] * difference.square()).sum((2, 3, 4))
+    strength = (dot / energy).clamp(FAINT, 1)
+    return (strength * (2 * dot - strength * energy)).argmax(1)
 
 
 def _sharpen(

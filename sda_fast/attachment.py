@@ -7,12 +7,11 @@ processors as ``processor.__class__()``. Nothing in diffusers is patched.
 """
 
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -359,13 +358,3 @@ def _beneath_accelerate(module: torch.nn.Module) -> Generator[None, None, None]:
     finally:
         if wrapped:
             slots["forward"], slots["_old_forward"] = slots["_old_forward"], slots["forward"]
-
-
-class _CallableModule(ModuleType):
-    """Importing this module puts it on the package as ``sda_fast.attach``: be it the function."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Attachment:
-        return attach(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule
