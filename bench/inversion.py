@@ -67,10 +67,8 @@ def invert(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        t, noise = (
-            _times(len(x0), x0.shape[1], generator),
-            torch.randn(x0.shape, generator=generator),
-        )
+        t = _times(len(x0), x0.shape[1], generator)
+        noise = torch.randn(x0.shape, generator=generator)
         # the CPU flash kernel's backward costs six times that of plain matrix products here
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             velocity = flux.transformer(

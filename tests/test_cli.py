@@ -131,7 +131,9 @@ def test_info(model, pipe, pictures, tmp_path):
     assert Hierarchy(about["tokens_per_node"]) == pipe.adapter.tree
 
     weights = next((model / "adapter").glob("*.safetensors"))
-    folder, single = (json.loads(run("info", p, "--json").stdout) for p in (weights, model / "adapter"))
+    folder, single = (
+        json.loads(run("info", p, "--json").stdout) for p in (weights, model / "adapter")
+    )
     assert folder == single
     expected = sum(p.numel() for p in pipe.adapter.state_dict().values())
     assert (folder["kind"], folder["parameters"]) == ("adapter", expected)

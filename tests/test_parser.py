@@ -5,7 +5,15 @@ from torch.nn.functional import interpolate
 from sda_fast.scenes.parser import MOST, parse
 from sda_fast.scenes.render import render
 from sda_fast.scenes.score import ceiling, row
-from sda_fast.scenes.world import FULL, SMALL, Scene, SceneObject, sample_scenes
+from sda_fast.scenes.world import (
+    COLORS,
+    FULL,
+    SMALL,
+    TONES,
+    Scene,
+    SceneObject,
+    sample_scenes,
+)
 
 WORLDS = [pytest.param(SMALL, id="small"), pytest.param(FULL, id="full")]
 PLACE = 1 / 32
@@ -63,6 +71,15 @@ def test_a_picture_may_be_blurred_and_tinted():
     cast = 0.05 * interpolate(torch.randn(100, 3, 6, 6, generator=g), 32, mode="bicubic")
     parsed = parse((soft + cast).clamp(0, 1), SMALL)
     assert sum(map(agrees, parsed, truth)) >= 90
+
+
+@pytest.mark.parametrize("tone", TONES)
+def test_a_faint_object_keeps_its_colour(tone):
+    """Yellow at seven tenths over a dark ground is nearer to orange than to yellow."""
+    scenes = [Scene((SceneObject("square", c, "small", 0.4, 0.6),), "plain", tone) for c in COLORS]
+    ground = render([Scene((), "plain", tone)], 32)
+    faint = ground + 0.7 * (render(scenes, 32) - ground)
+    assert [scene.objects[0].color for scene in parse(faint, SMALL)] == list(COLORS)
 
 
 @pytest.mark.parametrize("world", WORLDS)

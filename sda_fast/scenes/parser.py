@@ -40,7 +40,7 @@ STEPS = 3
 """Gauss-Newton steps of a fit."""
 WORTH = 0.3
 """Least share of |T (C - B)|^2 an object takes off; 1 is a perfect object, 0 a half-faded one."""
-FAINT = 0.6
+FAINT = 0.75
 """Weakest an object's colour may be, as a share of the way there from the background."""
 MOST = 8
 """More objects than this are not looked for."""

@@ -1,0 +1,109 @@
+"""The doctor: what it finds, and what it calls a problem."""
+
+import json
+from importlib import metadata
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sda_fast import doctor, ops
+from sda_fast.cli import app
+from tests.tiny_scenes import tiny_scenes_pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_scenes_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def torn(tmp_path):
+    folder = tmp_path / "torn"
+    tiny_scenes_pipeline().save_pretrained(folder)
+    file = folder / "dino" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    return folder
+
+
+def run(*args):
+    return CliRunner().invoke(app, ["doctor", *map(str, args)], env={"COLUMNS": "200"})
+
+
+def test_a_sound_installation_has_no_problems(model):
+    report = doctor.examine(str(model))
+    assert report["problems"] == []
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["model"]["ok"]
+    assert len(report["gpus"]) == torch.cuda.device_count()
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_it_says_which_attention_runs_and_why(model, monkeypatch):
+    monkeypatch.setattr(doctor, "_interpreter_is_on", lambda: False)
+    attention = doctor.examine(str(model))["attention"]
+    assert attention["cpu"]["path"] == "reference through SDPA"
+    assert attention["cpu"]["works"]
+    assert "TRITON_INTERPRET" not in attention["cpu"]["why"]
+    assert attention["cuda"]["path"] is None
+    assert "kernel not built yet" in attention["cuda"]["why"]
+
+    monkeypatch.setattr(doctor, "_interpreter_is_on", lambda: True)
+    assert "TRITON_INTERPRET" in doctor.examine(str(model))["attention"]["cpu"]["why"]
+
+
+def test_attention_that_computes_something_else_is_a_problem(model, monkeypatch):
+    right = ops.hierarchical_attention
+    monkeypatch.setattr(ops, "hierarchical_attention", lambda *args: right(*args) * 1.01)
+    [problem] = doctor.examine(str(model))["problems"]
+    assert "attention on the CPU" in problem
+
+
+def test_a_flipped_bit_in_the_weights_is_a_problem(torn):
+    result = run("--model", torn)
+    assert result.exit_code == 1
+    assert "dino/model.safetensors" in result.stdout.replace("\n", "")
+    [problem] = json.loads(run("--model", torn, "--json").stdout)["problems"]
+    assert "model.safetensors" in problem
+
+
+def test_a_missing_model_is_a_problem(tmp_path):
+    result = run("--model", tmp_path / "nowhere")
+    assert result.exit_code == 1
+    assert "nowhere" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "named"),
+    [("torch", "2.1.0", ">=2.10"), ("diffusers", None, "not installed"), ("triton", None, None)],
+)
+def test_an_old_or_missing_package_is_a_problem(model, monkeypatch, package, version, named):
+    real = metadata.version
+
+    def pretended(name):
+        if name != package:
+            return real(name)
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", pretended)
+    report = doctor.examine(str(model))
+    assert report["versions"][package] == version
+    if named is None:
+        assert report["problems"] == []
+    else:
+        [problem] = report["problems"]
+        assert package in problem
+        assert named in problem
+
+
+def test_the_command_prints_for_people(model):
+    result = run("--model", model)
+    assert result.exit_code == 0
+    for words in ("torch", "attention, cpu", "attention, cuda", "all is well"):
+        assert words in result.stdout
