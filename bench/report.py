@@ -1,6 +1,5 @@
 """The tables of the README, made from the records in bench/results alone: ``bench report``."""
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bench.records import Record, read_records
+from sda_fast.files import write_whole
 
 VARIANTS = {
     "parser_clean": "parser ceiling, clean render",
@@ -185,10 +185,5 @@ def main(
         print(f"bench report: {readme} is stale: run `python -m bench report`")
         raise typer.Exit(1)
     if not check:
-        partial = readme.with_name(f".{readme.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(new, encoding="utf-8")
-            os.replace(partial, readme)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(readme, new)
     print(f"{readme} is up to date")

@@ -1,7 +1,6 @@
 """The semantic embedding of pictures: addressed by node, mixed, stored, handed to FLUX."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from sda_fast.files import write_whole
 from sda_fast.flux_inputs import append_text, check_finite, patch_grid, pooled_vector
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.mixing import Mix, Weight, lerp, node_weights, slerp
@@ -237,13 +237,8 @@ class SemanticEmbedding:
         # a clone: safetensors refuses views that share storage
         tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
         about = {"format": FORMAT, "hierarchy": self.tree.tokens_per_node, "version": VERSION}
-        data = to_safetensors(tensors, {METADATA_KEY: json.dumps(about, sort_keys=True)})
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        about = {METADATA_KEY: json.dumps(about, sort_keys=True)}
+        write_whole(path, to_safetensors(tensors, about))
 
     @classmethod
     def load(cls, path: str | PathLike[str], tree: Hierarchy | None = None) -> "SemanticEmbedding":

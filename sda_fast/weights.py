@@ -1,7 +1,6 @@
 """Where weights come from: folders and hub ids, safetensors only, checked before they are used."""
 
 import json
-import os
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+
+from sda_fast.files import write_whole
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
@@ -140,9 +141,4 @@ def write_safetensors(path: str | PathLike[str], tensors: dict[str, torch.Tensor
     file = Path(path)
     if file.suffix != ".safetensors":
         raise ValueError(f"weights must be .safetensors (no pickle is written), got {file}")
-    partial = file.with_suffix(".partial")
-    try:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(file, save({name: t.detach().contiguous() for name, t in tensors.items()}))

@@ -220,7 +220,7 @@ def test_work_that_fails_is_1_with_a_message(error, pictures, tmp_path, monkeypa
     def fail(*args):
         raise error
 
-    monkeypatch.setattr("sda_fast.cli.load_pipeline", fail)
+    monkeypatch.setattr("sda_fast.cli.commands.load_pipeline", fail)
     result = run("reconstruct", pictures[0], "--out", tmp_path / "out")
     assert result.exit_code == FAILED
     assert (str(error) or "MemoryError") in result.stderr
@@ -228,7 +228,7 @@ def test_work_that_fails_is_1_with_a_message(error, pictures, tmp_path, monkeypa
 
 
 def test_a_bug_keeps_its_traceback(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr("sda_fast.cli.load_pipeline", lambda *args: {}["missing"])
+    monkeypatch.setattr("sda_fast.cli.commands.load_pipeline", lambda *args: {}["missing"])
     result = run("reconstruct", pictures[0], "--out", tmp_path / "out")
     assert isinstance(result.exception, KeyError)
 

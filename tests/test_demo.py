@@ -12,15 +12,22 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from sda_fast import demo as demo_module
 from sda_fast.cli import app
-from sda_fast.demo import COUNT, FRAMES, run_demo
-from sda_fast.demo_report import COLD, HEAT_COLUMNS, PNG_UP_TO, WARM, data_uri, heat
+from sda_fast.cli import demo as demo_module
+from sda_fast.cli.demo import COUNT, FRAMES, run_demo
+from sda_fast.cli.demo_report import COLD, HEAT_COLUMNS, PNG_UP_TO, WARM, data_uri, heat
+from sda_fast.cli.sheets import (
+    LEVEL_COLORS,
+    Tile,
+    contact_sheet,
+    draw_hierarchy,
+    draw_node,
+    enlarge,
+)
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.images import to_pil
 from sda_fast.scenes.render import render
 from sda_fast.scenes.world import SMALL, Scene, SceneObject, sample_scenes
-from sda_fast.sheets import LEVEL_COLORS, Tile, contact_sheet, draw_hierarchy, draw_node, enlarge
 from tests.tiny_scenes import SIZE, STEPS, tiny_scenes_pipeline
 
 FILES = ["contact_sheet.png", "interpolation.png", "metrics.json", "report.html", "transplant.png"]

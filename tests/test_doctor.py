@@ -7,8 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sda_fast import doctor, ops
-from sda_fast.cli import app
+from sda_fast import ops
+from sda_fast.cli import app, doctor
 from tests.tiny_scenes import tiny_scenes_pipeline
 
 

@@ -105,10 +105,10 @@ def _star(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _heart(y: Tensor, x: Tensor) -> Tensor:
-    """Two discs over a wedge."""
+    """Two discs over a wedge whose sides touch them."""
     x = x.abs()
     lobe = torch.hypot(x - 0.42, y + 0.3) - 0.5
-    wedge = torch.maximum(_edge(y, x, 45, 0.62), -y - 0.3)
+    wedge = torch.maximum(_edge(y, x, 45, 0.585), -y)
     return torch.minimum(lobe, wedge)
 
 

@@ -26,7 +26,7 @@ EXTENTS = {
     "diamond": (-0.99, -0.99, 0.99, 0.99),
     "ring": (-0.95, -0.95, 0.95, 0.95),
     "star": (-1.0, -0.951, 0.809, 0.951),
-    "heart": (-0.8, -1.177, 0.877, 1.177),
+    "heart": (-0.8, -0.92, 0.827, 0.92),
 }
 """Top, left, bottom and right edge of each shape from its centre, in units of the circumradius."""
 TONES = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from sda_fast.terminal import (
+from sda_fast.cli.terminal import (
     load_adapter,
     load_pipeline,
     progress_on,
@@ -163,7 +163,7 @@ def _interpolate(
     rule: Rule = "overlap",
 ) -> None:
     """Draw the way from A to B: OUT/A-to-B.0.png and so on, and OUT/A-to-B.strip.png."""
-    from sda_fast.sheets import Tile, contact_sheet, enlarge, save_png
+    from sda_fast.cli.sheets import Tile, contact_sheet, enlarge, save_png
 
     first, last = _open_end(a), _open_end(b)
     title = f"{a.stem}-to-{b.stem}"
@@ -191,7 +191,7 @@ def _info(
     as_json: Json = False,
 ) -> None:
     """Say what is in an embedding file, an adapter (folder or safetensors) or a pipeline folder."""
-    from sda_fast.describe import describe
+    from sda_fast.cli.describe import describe
 
     found = describe(file)
     if as_json:
@@ -210,7 +210,7 @@ def _doctor(model: Model = "scenes", as_json: Json = False) -> None:
     """
     from rich.console import Console
 
-    from sda_fast.doctor import examine, show
+    from sda_fast.cli.doctor import examine, show
 
     with progress_on(stderr_console()) as progress, working(progress, "looking"), quiet():
         report = examine(model)
@@ -234,7 +234,7 @@ def _demo(
     seed: Annotated[int, typer.Option(min=0, help="Of the scenes and of the noise.")] = 0,
 ) -> None:
     """Encode, rebuild, interpolate and transplant unseen pictures; write a report to look at."""
-    from sda_fast.demo import run_demo
+    from sda_fast.cli.demo import run_demo
 
     typer.echo(run_demo(out, model, pictures or (), steps=steps, seed=seed))
 
@@ -309,7 +309,7 @@ def _sampling(
 
 
 def _save_all(pictures: Any, targets: Sequence[Path]) -> None:
-    from sda_fast.sheets import save_png
+    from sda_fast.cli.sheets import save_png
 
     for picture, target in zip(pictures, targets, strict=True):
         typer.echo(save_png(picture, target))

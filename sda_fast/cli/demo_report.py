@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sda_fast.cli.sheets import LEVEL_COLORS
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.files import write_whole
-from sda_fast.sheets import LEVEL_COLORS
 
 PNG_UP_TO = 256
 """Longer side in pixels up to which a picture is embedded without loss."""
@@ -172,7 +172,7 @@ def _fields(demo: Demo) -> dict[str, str]:
 
 
 def _template(name: str) -> str:
-    return resources.files("sda_fast").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("sda_fast.cli").joinpath(name).read_text(encoding="utf-8")
 
 
 def _fill(template: str, fields: Mapping[str, str]) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 from safetensors import safe_open
 
+from sda_fast.cli.terminal import quiet
 from sda_fast.embedding import METADATA_KEY, SemanticEmbedding
 from sda_fast.hierarchy import Hierarchy
-from sda_fast.terminal import quiet
 from sda_fast.weights import check_safetensors, read_config
 
 ADAPTER_FIELDS = ("in_features", "width", "num_layers", "num_heads", "out_features")

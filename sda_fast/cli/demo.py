@@ -14,16 +14,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from sda_fast.demo_report import METRICS, Demo, number, write_report
-from sda_fast.embedding import SemanticEmbedding
-from sda_fast.files import write_whole
-from sda_fast.hierarchy import Hierarchy
-from sda_fast.images import load_image, to_pil, to_tensor
-from sda_fast.scenes.parser import parse
-from sda_fast.scenes.render import render
-from sda_fast.scenes.score import match, psnr, row, score
-from sda_fast.scenes.world import FULL, SMALL, Scene, SceneObject, World, sample_scenes
-from sda_fast.sheets import (
+from sda_fast.cli.demo_report import METRICS, Demo, number, write_report
+from sda_fast.cli.sheets import (
     Tile,
     contact_sheet,
     draw_hierarchy,
@@ -32,7 +24,15 @@ from sda_fast.sheets import (
     level_legend,
     save_png,
 )
-from sda_fast.terminal import load_pipeline, progress_on, stderr_console, steps_shown, working
+from sda_fast.cli.terminal import load_pipeline, progress_on, stderr_console, steps_shown, working
+from sda_fast.embedding import SemanticEmbedding
+from sda_fast.files import write_whole
+from sda_fast.hierarchy import Hierarchy
+from sda_fast.images import load_image, to_pil, to_tensor
+from sda_fast.scenes.parser import parse
+from sda_fast.scenes.render import render
+from sda_fast.scenes.score import match, psnr, row, score
+from sda_fast.scenes.world import FULL, SMALL, Scene, SceneObject, World, sample_scenes
 
 if TYPE_CHECKING:
     from sda_fast.pipeline import SemanticPipeline
