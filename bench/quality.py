@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from sda_fast.adapter import SemanticAdapter
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.pipeline import SemanticPipeline
+from sda_fast.pipeline_folder import SHIPPED
 from sda_fast.scenes.captions import caption
 from sda_fast.scenes.models import token_ids
 from sda_fast.scenes.parser import parse
@@ -40,6 +42,8 @@ BATCH = 64
 PARSER_NOISE = 0.05
 """Standard deviation of the noise that the parser is measured under."""
 INVERSION_STEPS = 400
+BASELINE = Path(__file__).parent / "baselines" / "scenes-flat"
+"""The flat baseline of the shipped model."""
 RESAMPLES = 1000
 """Of the bootstrap."""
 
@@ -269,6 +273,7 @@ def run(suite: Suite, out: Path) -> list[Record]:
     """Measure every case, appending each record to out as soon as it is there."""
     # asked once: the results file itself may be tracked
     about = {"versions": versions(), "commit": commit()}
+    about["run"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     about["decoder"] = digest(suite.pipe.flux.transformer)
     suite.pipe.flux.set_progress_bar_config(disable=True)
     records = []
@@ -313,6 +318,8 @@ def main(
     """Rebuild unseen scenes, parse what came out, append one record a variant."""
     try:
         pipe = SemanticPipeline.from_pretrained(model)
+        if flat is None and model == SHIPPED:
+            flat = BASELINE
         suite = Suite(pipe, load_flat(flat, pipe), scenes, seeds, steps, inversions)
         suite.check()
     except (OSError, ValueError) as error:

@@ -22,6 +22,8 @@ VARIANTS = {
     "reconstruction_of_inverted": "reconstruction of those pictures",
 }
 """Rows of the quality table, in their order."""
+NEEDED = {"parser_clean", "parser_noise", "caption", "reconstruction"}
+"""What a run must have measured to be shown."""
 
 METRICS = {
     "precision": "precision",
@@ -66,8 +68,7 @@ def quality_tables(records: Iterable[Record]) -> str:
     """The measurements and what became of the aims, in markdown.
 
     Args:
-        records: of suite "quality", oldest first; the latest of each variant counts, and only if
-            it was measured with the decoder of the latest record of all.
+        records: of suite "quality", oldest first; the latest finished run counts.
 
     Raises:
         ValueError: there are no records.
@@ -77,16 +78,23 @@ def quality_tables(records: Iterable[Record]) -> str:
 
 
 def latest_records(records: Iterable[Record]) -> dict[str, Record]:
-    """The last record of each variant, without those of another decoder than the last of all.
+    """The records of the latest finished run by variant: no table mixes models or sample sizes.
+
+    A run is finished when it has measured every variant of NEEDED; the others may be left out.
 
     Raises:
-        ValueError: there are no records.
+        ValueError: there are no records, or no run was finished.
     """
     records = list(records)
     if not records:
         raise ValueError("records must hold at least one record, got none")
-    decoder = records[-1]["decoder"]
-    return {r["variant"]: r for r in records if r["decoder"] == decoder}
+    runs: dict[str, dict[str, Record]] = {}
+    for record in records:
+        runs.setdefault(record["run"], {})[record["variant"]] = record
+    finished = [run for run in runs.values() if run.keys() >= NEEDED]
+    if not finished:
+        raise ValueError(f"no run measured all of {', '.join(sorted(NEEDED))}")
+    return finished[-1]
 
 
 def _measurements(latest: dict[str, Record]) -> str:

@@ -4,7 +4,6 @@ import torch
 
 from sda_fast.scenes.captions import caption
 from sda_fast.scenes.models import (
-    TEXT_TOKENS,
     WIDTH,
     build_clip,
     build_dino,
@@ -35,24 +34,28 @@ def test_the_vae_refuses_another_folding(bad):
         SpaceToDepthVAE(**bad)
 
 
-def test_every_caption_fits_and_has_no_unknown_word(tmp_path):
-    tokenizer = build_tokenizer()
+@pytest.mark.parametrize("world", [SMALL, FULL])
+def test_every_caption_fits_and_has_no_unknown_word(world, tmp_path):
+    tokenizer = build_tokenizer(world)
     rng = np.random.default_rng(0)
-    scenes = sample_scenes(SMALL, "train", 5, 300)
-    captions = [caption(scene, rng) for scene in scenes]
-    captions += [caption(s) for s in sample_scenes(SMALL, "held_out_count", 5, 100)]
+    captions = [caption(scene, rng) for scene in sample_scenes(world, "train", 5, 300)]
+    captions += [caption(s) for s in sample_scenes(world, "held_out_count", 5, 100)]
     ids = token_ids(tokenizer, captions)
-    assert ids.shape == (400, TEXT_TOKENS)
+    assert ids.shape == (400, world.text_tokens)
     assert not (ids == tokenizer.unk_token_id).any()
-    # the end mark is there: nothing was cut off
     assert ((ids == tokenizer.eos_token_id).sum(1) == 1).all()
     tokenizer.save_pretrained(tmp_path)
     again = type(tokenizer).from_pretrained(tmp_path)
     assert torch.equal(token_ids(again, captions), ids)
 
 
+def test_a_caption_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="captions must fit 40 tokens, got 61"):
+        token_ids(build_tokenizer(SMALL), ["a red star"] * 2 + ["red " * 60])
+
+
 def test_words_tell_a_column_from_an_article():
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(SMALL)
     pieces = tokenizer.convert_ids_to_tokens(tokenizer("a star at a-11").input_ids)
     assert pieces == ["a", "star", "at", "a-", "11", "</s>"]
 

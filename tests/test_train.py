@@ -10,7 +10,9 @@ from train.__main__ import app, build_stage
 from train.checkpoint import latest_checkpoint
 from train.config import override
 from train.loop import train
+from train.plot import read_log
 from train.recipes import RECIPES
+from train.scenes_export import export_scenes
 
 TINY = ["steps=4", "batch_size=4", "warmup_steps=1", "log_every=1", "checkpoint_every=2"]
 
@@ -85,6 +87,65 @@ def test_a_run_that_was_cut_off_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_run_does_not_go_on_under_another_config(tmp_path):
+    config = tiny("scenes-dino", tmp_path)
+    train(config, build_stage(config))
+    before = (config.folder / "config.json").read_text()
+    for change, message in (
+        ("seed=5", r"seed \(was 0, now 5\)"),
+        ("batch_size=2", r"batch_size \(was 4, now 2\)"),
+        ("steps=3", "steps must be at least the 4 that are done, got 3"),
+    ):
+        other = override(config, [change])
+        with pytest.raises(ValueError, match=message):
+            train(other, build_stage(other))
+        assert (config.folder / "config.json").read_text() == before
+    longer = override(config, ["steps=6", "log_every=2"])
+    train(longer, build_stage(longer))
+    assert latest_checkpoint(config.folder / "checkpoints").name == "step-000006"
+
+
+def test_a_torn_line_of_the_log_costs_that_line_only(tmp_path):
+    config = tiny("scenes-dino", tmp_path)
+    train(config, build_stage(config))
+    log = config.folder / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 9, "lo')
+    longer = override(config, ["steps=5"])
+    train(longer, build_stage(longer))
+    assert sorted(read_log(config.folder)) == [1, 2, 3, 4, 5]
+
+
+def test_the_export_takes_runs_of_one_world_and_replaces_nothing_in_vain(
+    chain, tmp_path, monkeypatch
+):
+    for recipe in ("scenes-adapter", "scenes-flat"):
+        config = tiny(recipe, chain)
+        train(config, build_stage(config))
+    target, flat = tmp_path / "model", tmp_path / "flat"
+    written = export_scenes(chain, target, flat)
+    assert 5e6 < written < 16e6
+    manifest = (target / "SHA256SUMS").read_bytes()
+    monkeypatch.setattr("train.scenes_export.MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match=f"at most 1000 bytes, got {written}"):
+        export_scenes(chain, target, flat)
+    assert (target / "SHA256SUMS").read_bytes() == manifest
+    assert (flat / "config.json").is_file()
+    about = chain / "scenes-flat" / "config.json"
+    had = about.read_text()
+    about.write_text(had.replace('"small"', '"full"'))
+    with pytest.raises(ValueError, match="of one world"):
+        export_scenes(chain, target, flat)
+    about.write_text(had)
+
+
+def test_an_encoder_of_another_kind_or_world_is_refused(chain, tmp_path):
+    dino = chain / "scenes-dino/export/dino"
+    with pytest.raises(ValueError, match="clip"):
+        build_stage(tiny("scenes-adapter", chain, f"clip={dino}"))
+    with pytest.raises(ValueError, match="clip must be of world full"):
+        build_stage(tiny("scenes-adapter", chain, "world=full"))
+
+
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     (tmp_path / ".step-000009.part").mkdir()
     (tmp_path / "step-000004").mkdir()
@@ -130,6 +191,8 @@ def test_overrides_take_the_type_of_their_field():
         ("rule=all", "rule must be .*got 'all'"),
         ("steps", "key=value, got 'steps'"),
         ("steps=0", "steps must be at least 1, got 0"),
+        ("seed=-1", "seed must be at least 0, got -1"),
+        ("stage=text", "stage belongs to the recipe"),
         ("steps=5", "warmup_steps 100 exceeds steps 5"),
     ],
 )
@@ -142,7 +205,7 @@ def test_the_command_line_says_what_there_is_and_what_is_missing(tmp_path):
     runner = CliRunner()
     listed = runner.invoke(app, ["--list"])
     assert listed.exit_code == 0
-    assert all(name in listed.output for name in RECIPES)
+    assert all(name in listed.output for name in [*RECIPES, "scenes-encoders"])
     unknown = runner.invoke(app, ["scenes-txt"])
     assert unknown.exit_code == 2
     assert "scenes-text" in unknown.output

@@ -6,7 +6,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from train.config import AdapterConfig, TrainConfig, override
-from train.recipes import RECIPES
+from train.recipes import CHAINS, RECIPES
 from train.stage import Stage
 
 EXPORT = "export-scenes"
@@ -29,16 +29,23 @@ def main(
     if list_recipes or recipe is None:
         for name, make in RECIPES.items():
             print(f"{name:16} {(make.__doc__ or '').splitlines()[0]}")
+        for name, recipes in CHAINS.items():
+            print(f"{name:16} {' and then '.join(recipes)}.")
         print(f"{EXPORT:16} Gather the finished scenes runs as the model that ships.")
         raise typer.Exit(0 if list_recipes else 2)
     if recipe == EXPORT:
         _export(assignments or [])
         return
-    if recipe not in RECIPES:
-        near = get_close_matches(recipe, RECIPES) or list(RECIPES)
+    if recipe not in RECIPES and recipe not in CHAINS:
+        near = get_close_matches(recipe, [*RECIPES, *CHAINS]) or list(RECIPES)
         _fail(f"no recipe {recipe!r}; near: {', '.join(near)}", 2)
+    for name in CHAINS.get(recipe, (recipe,)):
+        _run(name, assignments or [])
+
+
+def _run(recipe: str, assignments: list[str]) -> None:
     try:
-        config = override(RECIPES[recipe](), assignments or [])
+        config = override(RECIPES[recipe](), assignments)
     except ValueError as error:
         _fail(str(error), 2)
     from train.loop import train

@@ -10,6 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from train.config import TrainConfig, describe
+
+MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "sheet_every", "out_dir")
+
 
 def save_checkpoint(
     folder: Path,
@@ -43,6 +47,33 @@ def save_checkpoint(
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint below folder, or None."""
     return max(folder.glob("step-*"), default=None)
+
+
+def check_resume(config: TrainConfig, newest: Path | None) -> None:
+    """Refuse to go on from a checkpoint of another run.
+
+    How long a run is, how often it reports and where it lies may change; nothing else.
+
+    Raises:
+        ValueError: the run's folder was made by another config, or is past config.steps.
+    """
+    if newest is None:
+        return
+    done = json.loads((newest / "meta.json").read_text())["step"]
+    if done > config.steps:
+        raise ValueError(f"steps must be at least the {done} that are done, got {config.steps}")
+    had = json.loads((config.folder / "config.json").read_text())
+    now = json.loads(describe(config))
+    changed = [
+        f"{key} (was {had.get(key)}, now {now.get(key)})"
+        for key in sorted(had.keys() | now.keys())
+        if key not in MAY_CHANGE and had.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{config.folder} holds a run of another config: {', '.join(changed)}; "
+            f"choose another out_dir or remove it"
+        )
 
 
 def load_checkpoint(

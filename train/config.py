@@ -1,7 +1,8 @@
 """What a run is made of. A run is a function in train.recipes that returns one of these."""
 
+import json
 import types
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -34,6 +35,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "sheet_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
 
@@ -57,9 +60,22 @@ class AdapterConfig(TrainConfig):
     num_heads: int = 4
     penalty: float = 0.01
     """Weight of the cosine penalty."""
-    flux: Path = Path("runs/scenes-text/export/flux")
-    clip: Path = Path("runs/scenes-clip/export/clip")
-    dino: Path = Path("runs/scenes-dino/export/dino")
+    flux: Path | None = None
+    """Folder of the frozen decoder; None is what scenes-text exported below out_dir."""
+    clip: Path | None = None
+    """Likewise, of scenes-clip."""
+    dino: Path | None = None
+    """Likewise, of scenes-dino."""
+
+    def parent(self, part: Literal["flux", "clip", "dino"]) -> Path:
+        """Return the folder of a frozen part; it need not be there."""
+        run = "scenes-text" if part == "flux" else f"scenes-{part}"
+        return getattr(self, part) or self.out_dir / run / "export" / part
+
+
+def describe(config: TrainConfig) -> str:
+    """Return every field as JSON, as it is written into the run's folder."""
+    return json.dumps(asdict(config), default=str, indent=2) + "\n"
 
 
 def override(config: TrainConfig, assignments: list[str]) -> TrainConfig:
@@ -74,6 +90,10 @@ def override(config: TrainConfig, assignments: list[str]) -> TrainConfig:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"--set takes key=value, got {assignment!r}")
+        if key == "stage":
+            raise ValueError(
+                f"stage belongs to the recipe; choose another recipe than {config.name}"
+            )
         if key not in {f.name for f in fields(config)}:
             near = get_close_matches(key, known) or sorted(known)
             raise ValueError(

@@ -4,17 +4,17 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from train.config import TrainConfig
+from sda_fast.files import write_whole
+from train.checkpoint import check_resume, latest_checkpoint, load_checkpoint, save_checkpoint
+from train.config import TrainConfig, describe
 from train.optim import build_optimizers, set_learning_rate
-from train.plot import plot_losses, save_sheet
+from train.plot import open_log, plot_losses, save_sheet
 from train.stage import Stage
 
 
@@ -24,16 +24,17 @@ def train(config: TrainConfig, stage: Stage) -> None:
     The log is one JSON line every config.log_every steps. A step's batch depends on
     (config.seed, step) alone, so a resumed run sees what an unbroken one would have seen.
     """
-    config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "config.json").write_text(json.dumps(asdict(config), default=str, indent=2))
+    checkpoints = config.folder / "checkpoints"
+    newest = latest_checkpoint(checkpoints)
+    check_resume(config, newest)
     model = stage.trained.train()
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = build_optimizers(model, config)
-    checkpoints = config.folder / "checkpoints"
-    newest = latest_checkpoint(checkpoints)
     modules = {"model": model, "ema": ema}
     first = 1 + (load_checkpoint(newest, modules, optimizers) if newest else 0)
-    with (config.folder / "log.jsonl").open("a") as log, _progress() as bar:
+    config.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(config.folder / "config.json", describe(config))
+    with open_log(config.folder) as log, _progress() as bar:
         task = bar.add_task(config.name, total=config.steps, completed=first - 1, loss="")
         start = time.perf_counter()
         for step in range(first, config.steps + 1):

@@ -2,23 +2,43 @@
 
 import json
 from pathlib import Path
+from typing import TextIO
 
 from PIL import Image
 
 from train.stage import Stage
 
 
+def open_log(folder: Path) -> TextIO:
+    """Open folder/log.jsonl to append; a line that a killed run left torn is ended first."""
+    path = folder / "log.jsonl"
+    torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+    log = path.open("a")
+    if torn and path.stat().st_size:
+        log.write("\n")
+    return log
+
+
+def read_log(folder: Path) -> dict[int, dict[str, float]]:
+    """Return the rows of folder/log.jsonl by step; the later of two, and no torn one."""
+    rows = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows[row["step"]] = row
+    return rows
+
+
 def plot_losses(folder: Path) -> None:
-    """Draw folder/log.jsonl as folder/loss.png; a resumed run's later lines win."""
+    """Draw folder/log.jsonl as folder/loss.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = {}
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        rows[row["step"]] = row
+    rows = read_log(folder)
     if not rows:
         return
     steps = sorted(rows)

@@ -23,7 +23,7 @@ def scenes_dino() -> TrainConfig:
 
 def scenes_adapter() -> AdapterConfig:
     """The adapter, through the frozen decoder: 28 positions in three levels."""
-    return AdapterConfig(name="scenes-adapter", stage="adapter", steps=2800)
+    return AdapterConfig(name="scenes-adapter", stage="adapter", steps=4400)
 
 
 def scenes_flat() -> AdapterConfig:
@@ -40,3 +40,6 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "scenes-adapter": scenes_adapter,
     "scenes-flat": scenes_flat,
 }
+
+CHAINS = {"scenes-encoders": ("scenes-clip", "scenes-dino")}
+"""Names that stand for several recipes, run one after the other."""

@@ -1,11 +1,10 @@
 """Stage "adapter": picture to embedding to picture, through the frozen decoder."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionModel, Dinov2Model
 
 from sda_fast.adapter import SemanticAdapter
 from sda_fast.encoders import HALF, ImageEncoder
@@ -17,6 +16,8 @@ from train.losses import cosine_penalty, flow_matching_loss, sample_t
 from train.scenes_text import Velocity, draw, pack, sheet_of
 from train.stage import WORLDS, draw_scenes, seeded
 
+PARTS: tuple[Literal["flux", "clip", "dino"], ...] = ("flux", "clip", "dino")
+
 
 class AdapterStage:
     """The adapter learns what makes the frozen decoder rebuild the picture.
@@ -27,16 +28,18 @@ class AdapterStage:
     def __init__(self, config: AdapterConfig) -> None:
         self.config, self.world = config, WORLDS[config.world]
         torch.manual_seed(config.seed)
-        self.flux: Any = load_flux(require(config.flux, "flux"), torch.float32, {})
-        self.encoder = ImageEncoder(
-            CLIPVisionModel.from_pretrained(require(config.clip, "clip")),
-            Dinov2Model.from_pretrained(require(config.dino, "dino")),
+        parents = {part: require(config.parent(part), part) for part in PARTS}
+        self.flux: Any = load_flux(parents["flux"], torch.float32, {})
+        self.encoder = ImageEncoder.from_pretrained(
+            parents["clip"],
+            parents["dino"],
             size=self.world.size,
             clip_mean=HALF,
             clip_std=HALF,
             dino_mean=HALF,
             dino_std=HALF,
         )
+        self._check_world()
         tree = Hierarchy(config.tokens_per_node)
         side = self.world.size // PATCH
         self.mask = None if config.rule == "none" else tree.attention_mask(side, side, config.rule)
@@ -50,6 +53,15 @@ class AdapterStage:
             cross_attention_rope=config.rope,
             pooled_features=POOLED,
         )
+
+    def _check_world(self) -> None:
+        for name in ("clip", "dino"):
+            seen = getattr(self.encoder, name).config.image_size
+            if seen != self.world.size:
+                raise ValueError(
+                    f"{name} must be of world {self.config.world}, trained on pictures of "
+                    f"{self.world.size} pixels, got one for {seen}"
+                )
 
     def losses(self, seed: int) -> dict[str, Tensor]:
         """Velocity error and cosine penalty on a batch of scenes."""

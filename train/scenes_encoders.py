@@ -27,7 +27,7 @@ class ClipStage:
     def __init__(self, config: TrainConfig) -> None:
         self.world, self.batch_size = WORLDS[config.world], config.batch_size
         torch.manual_seed(config.seed)
-        self.tokenizer = build_tokenizer()
+        self.tokenizer = build_tokenizer(self.world)
         self.vision = build_clip(self.world)
         self.text = T5EncoderModel(
             T5Config(

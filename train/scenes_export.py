@@ -1,6 +1,7 @@
 """Gather the runs of the scenes world into the model that the package ships."""
 
-import shutil
+import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -9,8 +10,6 @@ from sda_fast.adapter import SemanticAdapter
 from sda_fast.encoders import HALF, ImageEncoder
 from sda_fast.pipeline import SemanticPipeline
 from sda_fast.pipeline_folder import DecodeDefaults, load_flux
-from train.config import AdapterConfig
-from train.recipes import RECIPES
 from train.stage import WORLDS
 
 SHIPPED = Path("sda_fast/scenes/weights")
@@ -32,17 +31,16 @@ def export_scenes(runs: Path, target: Path = SHIPPED, flat: Path = FLAT) -> int:
 
     Raises:
         OSError: a run is not finished.
-        ValueError: the models are larger than what may be shipped.
+        ValueError: the runs are of different worlds, or the models are larger than what may be
+            shipped; nothing was replaced.
     """
-    config = RECIPES["scenes-adapter"]()
-    assert isinstance(config, AdapterConfig)
-    size = WORLDS[config.world].size
+    world = WORLDS[_one_world(runs)]
     exports = {name: runs / f"scenes-{name}" / "export" for name in ("text", "clip", "dino")}
     encoder = ImageEncoder.from_pretrained(
         exports["clip"] / "clip",
         exports["dino"] / "dino",
         torch.bfloat16,
-        size=size,
+        size=world.size,
         clip_mean=HALF,
         clip_std=HALF,
         dino_mean=HALF,
@@ -54,11 +52,30 @@ def export_scenes(runs: Path, target: Path = SHIPPED, flat: Path = FLAT) -> int:
     )
     adapter.set_encoder(encoder)
     flux = load_flux(exports["text"] / "flux", torch.bfloat16, {})
-    defaults = DecodeDefaults(height=size, width=size, steps=STEPS, guidance=1.0)
+    defaults = DecodeDefaults(height=world.size, width=world.size, steps=STEPS, guidance=1.0)
+    with tempfile.TemporaryDirectory() as scratch:
+        whole, beside = Path(scratch) / "pipeline", Path(scratch) / "flat"
+        SemanticPipeline(flux, adapter, defaults).save_pretrained(whole)
+        baseline.save_pretrained(beside)
+        written = sum(f.stat().st_size for f in Path(scratch).rglob("*") if f.is_file())
+        if written > MOST_BYTES:
+            raise ValueError(f"the models must be at most {MOST_BYTES} bytes, got {written}")
     SemanticPipeline(flux, adapter, defaults).save_pretrained(target)
-    shutil.rmtree(flat, ignore_errors=True)
     baseline.save_pretrained(flat)
-    written = sum(f.stat().st_size for d in (target, flat) for f in d.rglob("*") if f.is_file())
-    if written > MOST_BYTES:
-        raise ValueError(f"the models must be at most {MOST_BYTES} bytes together, got {written}")
     return written
+
+
+def _one_world(runs: Path) -> str:
+    """Return the world that all five runs share.
+
+    Raises:
+        OSError: a run is not there.
+        ValueError: the runs are of different worlds.
+    """
+    worlds = {}
+    for name in ("text", "clip", "dino", "adapter", "flat"):
+        config = json.loads((runs / f"scenes-{name}" / "config.json").read_text())
+        worlds[f"scenes-{name}"] = config["world"]
+    if len(set(worlds.values())) > 1:
+        raise ValueError(f"the runs must be of one world, got {worlds}")
+    return worlds["scenes-text"]

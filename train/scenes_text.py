@@ -7,7 +7,7 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
 
 from sda_fast.scenes.captions import caption
-from sda_fast.scenes.models import POOLED, TEXT_TOKENS, build_flux, token_ids
+from sda_fast.scenes.models import POOLED, build_flux, token_ids
 from sda_fast.scenes.world import sample_scenes
 from train.config import TrainConfig
 from train.losses import flow_matching_loss, sample_t
@@ -94,7 +94,6 @@ def draw(
         num_inference_steps=steps,
         generator=seeded(0),
         joint_attention_kwargs=None if mask is None else {"attention_mask": mask},
-        max_sequence_length=TEXT_TOKENS,
         output_type="pt",
     ).images
 

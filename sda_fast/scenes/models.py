@@ -1,5 +1,6 @@
 """The models of the scenes world: classes of the real system in sizes a CPU can train."""
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from tokenizers import Regex, Tokenizer
@@ -23,15 +24,13 @@ from sda_fast.scenes.world import World
 
 PATCH = 4
 """Pixels along one side of an image token, and of an encoder's patch."""
-TEXT_TOKENS = 40
-"""Captions are padded to this length; four objects and a background fit."""
 WIDTH = 96
 """Channels of the text encoder's output, hence of an embedding position."""
 POOLED = 32
 """Channels of the pooled vector. It carries nothing here: it is always zero."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer of the caption grammar; "g-12" is two tokens."""
     special = ("<pad>", "</s>", "<unk>")
     pieces = [*special, *(word for word in WORDS)]
@@ -47,19 +46,23 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        model_max_length=TEXT_TOKENS,
+        model_max_length=world.text_tokens,
     )
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tensor:
-    """Return [B, TEXT_TOKENS] int64, padded as FluxPipeline pads a T5 prompt."""
-    return tokenizer(
-        captions,
-        padding="max_length",
-        truncation=True,
-        max_length=TEXT_TOKENS,
-        return_tensors="pt",
-    ).input_ids
+    """Return [B, T] int64, padded to the tokenizer's length as FluxPipeline pads a T5 prompt.
+
+    Raises:
+        ValueError: a caption is longer than that: nothing of it is cut off in silence.
+    """
+    ids = tokenizer(captions, padding="max_length", return_tensors=None).input_ids
+    for text, row in zip(captions, ids, strict=True):
+        if len(row) > tokenizer.model_max_length:
+            raise ValueError(
+                f"captions must fit {tokenizer.model_max_length} tokens, got {len(row)}: {text!r}"
+            )
+    return torch.tensor(ids)
 
 
 def build_flux(world: World) -> FluxPipeline:
@@ -79,9 +82,10 @@ def build_flux(world: World) -> FluxPipeline:
         pooled_projection_dim=POOLED,
         axes_dims_rope=(8, 12, 12),
     )
+    tokenizer = build_tokenizer(world)
     text_encoder = T5EncoderModel(
         T5Config(
-            vocab_size=len(build_tokenizer()),
+            vocab_size=len(tokenizer),
             d_model=WIDTH,
             d_kv=24,
             d_ff=256,
@@ -99,7 +103,7 @@ def build_flux(world: World) -> FluxPipeline:
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=text_encoder,
-        tokenizer_2=build_tokenizer(),
+        tokenizer_2=tokenizer,
         transformer=transformer,
     )
 

@@ -82,20 +82,23 @@ class World:
         counts: numbers of objects in the train and test splits.
         held_out_count: number of objects of the held_out_count split, never trained on.
         size: side of the square picture in pixels.
+        text_tokens: captions are padded to this length; every plain one fits, and every
+            paraphrase of the splits that are trained on.
     """
 
     shapes: int
     counts: tuple[int, ...]
     held_out_count: int
     size: int
+    text_tokens: int
 
     def held_out(self, shape: str, color: str) -> bool:
         """Whether this pair is kept from the train and test splits: one colour a shape."""
         return list(COLORS).index(color) == (3 * SHAPES.index(shape) + 1) % len(COLORS)
 
 
-SMALL = World(shapes=4, counts=(1, 2, 3), held_out_count=4, size=32)
-FULL = World(shapes=8, counts=(1, 2, 3, 5), held_out_count=4, size=64)
+SMALL = World(shapes=4, counts=(1, 2, 3), held_out_count=4, size=32, text_tokens=40)
+FULL = World(shapes=8, counts=(1, 2, 3, 5), held_out_count=4, size=64, text_tokens=50)
 
 
 def sample_scenes(world: World, split: Split, seed: int, n: int) -> list[Scene]:

@@ -1,0 +1,73 @@
+"""The model that comes with the package: whole, small, and good at what it is for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import sda_fast as sda
+from sda_fast.pipeline_folder import check_manifest
+from sda_fast.scenes.parser import parse
+from sda_fast.scenes.render import render
+from sda_fast.scenes.score import row, score
+from sda_fast.scenes.world import SMALL, Scene, SceneObject, sample_scenes
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = Path(sda.__file__).parent / "scenes" / "weights"
+FLAT = ROOT / "bench/baselines/scenes-flat"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = sda.SemanticPipeline.from_pretrained("scenes")
+    pipe.flux.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_it_is_whole_and_small():
+    check_manifest(WEIGHTS)
+    files = [f for folder in (WEIGHTS, FLAT) for f in folder.rglob("*") if f.is_file()]
+    named = (WEIGHTS / "SHA256SUMS").read_text().count("\n")
+    assert named == len([f for f in WEIGHTS.rglob("*") if f.is_file()]) - 1
+    assert sum(f.stat().st_size for f in files) <= 16e6
+    assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+
+
+def test_it_rebuilds_unseen_scenes(pipe):
+    """Well below what bench quality measures, far above what an untrained model reaches."""
+    scenes = sample_scenes(SMALL, "test", 77, 32)
+    rebuilt = pipe.reconstruct(render(scenes, SMALL.size), output="pt")
+    rates = row(score(parse(rebuilt.float(), SMALL), scenes))
+    assert rates["recall"] > 0.9
+    assert rates["color"] > 0.8
+    assert rates["miou"] > 0.5
+
+
+def test_a_transplanted_quadrant_shows_what_the_other_picture_had_there(pipe):
+    """Quadrant /3 of b, with its object, into a, which has nothing there."""
+    here = SceneObject("circle", "blue", "medium", 0.25, 0.25)
+    there = SceneObject("square", "yellow", "medium", 0.75, 0.75)
+    scenes = [Scene((here,), "plain", "slate"), Scene((there,), "plain", "slate")]
+    emb = pipe.encode(render(scenes, SMALL.size))
+    mixed = emb.select(0).transplant(emb.select(1), "/3")
+    seen = parse(torch.as_tensor(pipe.decode(mixed, output="pt")).float(), SMALL)[0].objects
+    low = [o for o in seen if o.y > 0.5 and o.x > 0.5]
+    assert [o.color for o in low] == ["yellow"]
+    assert any(o.color == "blue" for o in seen if o.y < 0.5 and o.x < 0.5)
+
+
+def test_the_same_seed_gives_the_same_picture_alone_and_in_a_batch(pipe):
+    pictures = render(sample_scenes(SMALL, "test", 9, 3), SMALL.size)
+    emb = pipe.encode(pictures)
+    together = pipe.decode(emb, steps=4, seed=[1, 2, 3], output="pt")
+    alone = pipe.decode(emb.select(1), steps=4, seed=2, output="pt")
+    torch.testing.assert_close(alone[0], together[1], atol=1e-4, rtol=0)
+
+
+def test_the_stock_pipeline_takes_its_embeddings(pipe):
+    emb = pipe.encode(render(sample_scenes(SMALL, "test", 9, 1), SMALL.size))
+    inputs = emb.flux_inputs(32, 32, patch=pipe.patch)
+    options = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "pt"}
+    stock = pipe.flux(**inputs, **options, generator=torch.Generator().manual_seed(4)).images
+    ours = pipe.decode(emb, steps=3, seed=4, output="pt")
+    torch.testing.assert_close(ours, stock, atol=1e-4, rtol=0)
