@@ -1,7 +1,7 @@
 """The semantic adapter: patch features of a picture in, a semantic embedding out."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,15 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.import_utils import is_accelerate_available
 from torch import Tensor, nn
 
+from sda_fast.adapter_config import PRESETS, check_config
 from sda_fast.coords import patch_coords
 from sda_fast.embedding import SemanticEmbedding
+from sda_fast.files import moved_in_when_whole
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.images import Images, group_by_size
 from sda_fast.qformer import QFormer, RMSNorm
 from sda_fast.weights import (
+    DTYPE,
     check_weights,
     read_config,
     read_safetensors,
@@ -29,43 +32,7 @@ if TYPE_CHECKING:
     from sda_fast.encoders import ImageEncoder
 
 ENCODER_FILE = "encoder_layers.safetensors"
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A named configuration and the encoders it was made for.
-
-    Attributes:
-        config: arguments of ``SemanticAdapter``.
-        clip: hub id of the contrastive encoder.
-        dino: hub id of the self-supervised encoder.
-        size: side in pixels of a square input to both.
-        squash: whether pictures are squeezed into that square.
-    """
-
-    config: dict[str, Any] = field(hash=False)
-    clip: str
-    dino: str
-    size: int
-    squash: bool = False
-
-
-PRESETS = {
-    "reference": Preset(
-        config={
-            "tokens_per_node": (32, 8, 4),
-            "in_features": 1280 + 1024,
-            "width": 1024,
-            "num_layers": 12,
-            "num_heads": 16,
-            "out_features": 4096,
-            "pooled_features": 768,
-        },
-        clip="apple/DFN5B-CLIP-ViT-H-14-378",
-        dino="facebook/dinov2-large",
-        size=378,
-    )
-}
+HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
 
 
 class SemanticAdapter(ModelMixin, ConfigMixin):
@@ -86,10 +53,11 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         cross_attention_rope: rotate the cross-attention by (level, y, x).
         self_attention_rope: rotate the self-attention too.
         pooled_features: P, width of the pooled vector handed to every embedding (768 in FLUX),
-            stored as the buffer ``pooled`` [P], zeros until it is set; None for no such vector.
+            stored as the buffer ``pooled`` [P], zeros until it is set; None for no such vector: a
+            pipeline then embeds the empty prompt.
 
     Raises:
-        ValueError: a size that cannot be; the message names it.
+        ValueError: a size or another argument that cannot be; the message names it.
     """
 
     config_name = "config.json"
@@ -110,12 +78,8 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         pooled_features: int | None = None,
     ) -> None:
         super().__init__()
+        check_config(self.config)
         self.tree = Hierarchy(tuple(tokens_per_node))
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if pooled_features is not None and pooled_features < 1:
-            raise ValueError(f"pooled_features must be None or at least 1, got {pooled_features}")
         self.in_features = in_features
         self.norm_in = RMSNorm(in_features)
         self.mlp = nn.Sequential(nn.Linear(in_features, width), nn.GELU(), nn.Linear(width, width))
@@ -234,8 +198,11 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
             [N_old] int64: where each old position is now.
 
         Raises:
-            ValueError: tree is smaller somewhere, or noise is negative.
+            ValueError: tree is no Hierarchy or smaller somewhere, or noise is negative or not
+                finite.
         """
+        if not isinstance(tree, Hierarchy):
+            raise ValueError(f"tree must be a Hierarchy, got {tree!r}")
         old = self.tree
         known = old.tokens_per_node
         if tree.num_levels < old.num_levels or any(
@@ -244,8 +211,8 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"tree must not shrink any level of {known}, got {tree.tokens_per_node}"
             )
-        if noise < 0:
-            raise ValueError(f"noise must not be negative, got {noise}")
+        if not 0 <= noise < math.inf:  # nor NaN
+            raise ValueError(f"noise must not be negative and must be finite, got {noise}")
         queries = self.qformer.queries
         kept, source = _plan_growth(old, tree)
         grown = queries[source.to(queries.device)]
@@ -274,24 +241,32 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write config.json, the weights and, if any were opened, the encoder's open layers.
 
+        All is written into a scratch folder in there first: if that fails, an earlier save stays
+        as it was. A folder holds one save, of whatever variant; other files in it stay.
+
         Args:
             save_directory: created if it is not there.
-            kwargs: of ``ModelMixin.save_pretrained``.
+            kwargs: of ``ModelMixin.save_pretrained``; with ``is_main_process=False`` nothing is
+                written.
 
         Raises:
             ValueError: ``safe_serialization=False``: no pickle is written.
+            OSError: it is a file, or something cannot be written.
         """
         if not kwargs.get("safe_serialization", True):
             raise ValueError("safe_serialization must stay True: no pickle is written")
-        super().save_pretrained(save_directory, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
-        layers = self._trained_layers()
-        path = Path(save_directory) / ENCODER_FILE
-        if layers:
-            write_safetensors(path, layers)
-        else:
-            path.unlink(missing_ok=True)
+        upload = kwargs.pop("push_to_hub", False)
+        about = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        with moved_in_when_whole(save_directory, self.config_name, _is_own_file) as scratch:
+            super().save_pretrained(scratch, **kwargs)
+            layers = self._trained_layers()
+            if layers:
+                write_safetensors(scratch / ENCODER_FILE, layers)
+        if upload:  # last: a hub out of reach must not cost the save
+            about.setdefault("repo_id", Path(save_directory).resolve().name)
+            self.push_to_hub(**about, variant=kwargs.get("variant"))
 
     @classmethod
     def from_pretrained(
@@ -315,9 +290,8 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         folder = resolve_folder(path, "adapter", kwargs.pop("local_files_only", None) or False)
         folder = folder / (kwargs.pop("subfolder", None) or "")
         _check_folder(folder, cls.__name__)
-        dtype = kwargs.pop("dtype", None)
-        if dtype is not None:
-            kwargs["torch_dtype"] = dtype
+        given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        kwargs[DTYPE] = given[1] if given[0] is None else given[0]
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
         try:
             model, info = super().from_pretrained(
@@ -345,10 +319,21 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
 
 def _check_folder(folder: Path, name: str) -> None:
     """Refuse a folder that holds another model or unsafe or torn weights."""
-    found = read_config(folder, "adapter").get("_class_name")
+    config = read_config(folder, "adapter")
+    found = config.get("_class_name")
     if found != name:
         raise ValueError(f"adapter: {folder} must hold a {name}, got the config of {found!r}")
-    check_weights(folder, "adapter")
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise ValueError(f"adapter: {folder / 'config.json'}: {error}") from error
+    check_weights(folder, "adapter", beside=[ENCODER_FILE])
+
+
+def _is_own_file(name: str) -> bool:
+    """Whether ``save_pretrained`` writes files of that name, in any variant or number."""
+    weights = name.startswith("diffusion_pytorch_model") and ".safetensors" in name
+    return weights or name == ENCODER_FILE
 
 
 def _misfit(folder: Path, reason: object) -> ValueError:

@@ -78,6 +78,7 @@ def attach(
         TypeError: transformer is no FluxTransformer2DModel or tree no Hierarchy.
         ValueError: rule or isolate_level is unknown, the transformer is attached already, an
             IP-Adapter or another processor is on it, or its attention backend cannot mask.
+        RuntimeError: the transformer is a copy of one that was attached.
     """
     if not isinstance(transformer, FluxTransformer2DModel):
         raise TypeError(
@@ -91,10 +92,7 @@ def attach(
     isolate_level = tree.check_isolate_level(isolate_level)
     attached = HookRegistry.check_if_exists_or_initialize(transformer).get_hook(HOOK)
     if isinstance(attached, _GridHook):
-        raise ValueError(
-            f"transformer is attached already, to {attached.tree} by {attached.rule!r}: "
-            "detach() that handle first"
-        )
+        attached.refuse_second(transformer)
     layers = [m for m in transformer.modules() if isinstance(m, FluxAttention)]
     for layer in layers:
         if type(layer.processor) is not FluxAttnProcessor:
@@ -103,7 +101,7 @@ def attach(
                 f"{type(layer.processor).__name__}: unload the IP-Adapter, or use the dense mask "
                 "of flux_inputs"
             )
-        _check_processor(layer.processor)
+        check_processor(layer.processor)
     return Attachment(transformer, _GridHook(tree, rule, isolate_level, layers))
 
 
@@ -214,8 +212,30 @@ class _GridHook(ModelHook):
     ) -> None:
         super().__init__()
         self.tree, self.rule, self.isolate_level, self.layers = tree, rule, isolate_level, layers
+        self.owner: weakref.ref[torch.nn.Module] | None = None
         # the ids read last, their version, and their grids: reading waits for the device
         self._last: tuple[weakref.ref[Tensor], int, list[tuple[int, int]]] | None = None
+
+    def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Remember whose hook this is: a copy of the transformer carries it too."""
+        self.owner = weakref.ref(module)
+        return module
+
+    def refuse_second(self, module: torch.nn.Module) -> None:
+        """Say why a transformer that carries this hook cannot be attached."""
+        self.check_owner(module)
+        raise ValueError(
+            f"transformer is attached already, to {self.tree} by {self.rule!r}: "
+            "detach() that handle first"
+        )
+
+    def check_owner(self, module: torch.nn.Module) -> None:
+        """Refuse a copy, whose forward would run the weights of the transformer it came from."""
+        if self.owner is None or self.owner() is not module:
+            raise RuntimeError(
+                "transformer is a copy of one that sda_fast.attach had changed, and would run its "
+                "weights: copy before attach, then attach to the copy"
+            )
 
     @torch.compiler.disable
     def pre_forward(
@@ -224,7 +244,13 @@ class _GridHook(ModelHook):
         """Check what cannot be masked and add the attention of this layout to the arguments."""
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         kwargs.update(zip(names, args, strict=False))
+        self.check_owner(module)
         self._check_layers()
+        if kwargs.get("img_ids") is None:
+            raise ValueError(
+                "img_ids must be given while the transformer is attached: they tell the grid of "
+                "the image tokens, [S_img, 3]; got None"
+            )
         given = kwargs.get("joint_attention_kwargs") or {}
         if given.get("attention_mask") is not None:
             raise ValueError(
@@ -260,7 +286,7 @@ class _GridHook(ModelHook):
                     "after sda_fast.attach and would drop the mask: unload the IP-Adapter, then "
                     "detach() and attach again, or use the dense mask of flux_inputs"
                 )
-            _check_processor(layer.processor)
+            check_processor(layer.processor)
 
     def _grids(self, img_ids: Tensor) -> list[tuple[int, int]]:
         """``read_grids``, remembered while the very same tensor comes again."""
@@ -315,11 +341,29 @@ def _read_grid(ids: Tensor) -> tuple[int, int]:
     )
 
 
-def _check_processor(processor: FluxAttnProcessor) -> None:
-    """Refuse settings under which diffusers would drop a mask or split the sequence."""
-    backend = processor._attention_backend
+def check_processor(
+    processor: FluxAttnProcessor, remedy: str = "call transformer.reset_attention_backend()"
+) -> None:
+    """Refuse settings under which diffusers would drop a mask or split the sequence.
+
+    Args:
+        processor: of one attention layer.
+        remedy: what the message of a wrong backend advises.
+
+    Raises:
+        ValueError: its backend cannot mask, or context parallelism is on.
+    """
     if processor._parallel_config is not None:
         raise ValueError("hierarchical attention cannot run under context parallelism: disable it")
+    check_backend(processor._attention_backend, remedy)
+
+
+def check_backend(backend: Any, remedy: str) -> None:
+    """Refuse an attention backend of diffusers that would drop a mask; None is no backend.
+
+    Raises:
+        ValueError: it would, or diffusers knows none of that name.
+    """
     name = getattr(backend, "value", backend)
     if name is None or name in MASK_BACKENDS:
         return
@@ -330,10 +374,7 @@ def _check_processor(processor: FluxAttnProcessor) -> None:
         reason = "would reduce the mask to key padding"
     else:
         reason = "takes no mask"
-    raise ValueError(
-        f"attention backend {name!r} {reason}: call transformer.reset_attention_backend(); "
-        "the attached op brings its own attention"
-    )
+    raise ValueError(f"attention backend {name!r} {reason}: {remedy}")
 
 
 def _copy_settings(source: Any, target: Any) -> None:

@@ -23,8 +23,7 @@ def patch_coords(h: int, w: int) -> Tensor:
     check_int("h", h, least=1)
     check_int("w", w, least=1)
     unit = CANVAS / max(h, w)
-    y = (torch.arange(h, dtype=torch.float64) + 0.5) * unit
-    x = (torch.arange(w, dtype=torch.float64) + 0.5) * unit
+    y, x = ((torch.arange(side, dtype=torch.float64, device="cpu") + 0.5) * unit for side in (h, w))
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
     return torch.nn.functional.pad(grid, (1, 0)).float()
 

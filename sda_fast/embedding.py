@@ -1,7 +1,7 @@
 """The semantic embedding of pictures: addressed by node, mixed, stored, handed to FLUX."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -54,6 +54,8 @@ class SemanticEmbedding:
             )
         check_finite("tokens", self.tokens)
         if self.pooled is not None:
+            if not isinstance(self.pooled, Tensor):
+                raise ValueError(f"pooled must be a tensor, got {type(self.pooled).__name__}")
             if self.pooled.ndim != 2 or len(self.pooled) != shape[0] or not self.pooled.numel():
                 raise ValueError(f"pooled must be [{shape[0]}, P], got {list(self.pooled.shape)}")
             check_finite("pooled", self.pooled)
@@ -87,14 +89,15 @@ class SemanticEmbedding:
         return SemanticEmbedding(self.tokens[rows], self.tree, pooled)
 
     @classmethod
-    def cat(cls, embeddings: Sequence["SemanticEmbedding"]) -> "SemanticEmbedding":
+    def cat(cls, embeddings: Iterable["SemanticEmbedding"]) -> "SemanticEmbedding":
         """One batch out of several, in their order.
 
         Raises:
             ValueError: there are none, or their trees, widths, dtypes, devices or pooled differ.
         """
+        embeddings = tuple(embeddings)
         if not embeddings:
-            raise ValueError("embeddings must hold at least one embedding, got an empty sequence")
+            raise ValueError("embeddings must hold at least one embedding, got none")
         first = embeddings[0]
         for number, other in enumerate(embeddings):
             first._check_twin(f"embeddings[{number}]", other)
@@ -108,7 +111,7 @@ class SemanticEmbedding:
         return cls(tokens, first.tree, torch.cat(pooled) if pooled else None)
 
     def lerp(
-        self, other: "SemanticEmbedding", weight: Weight, nodes: Sequence[str] | None = None
+        self, other: "SemanticEmbedding", weight: Weight, nodes: Iterable[str] | None = None
     ) -> "SemanticEmbedding":
         """``(1 - weight) * self + weight * other``, position by position.
 
@@ -127,7 +130,7 @@ class SemanticEmbedding:
         return self._mix(other, weight, nodes, lerp)
 
     def slerp(
-        self, other: "SemanticEmbedding", weight: Weight, nodes: Sequence[str] | None = None
+        self, other: "SemanticEmbedding", weight: Weight, nodes: Iterable[str] | None = None
     ) -> "SemanticEmbedding":
         """As ``lerp``, but each vector turns along the great circle and its length goes linearly.
 
@@ -152,7 +155,8 @@ class SemanticEmbedding:
         Raises:
             ValueError: levels is not between 1 and the tree's, or they hold no position.
         """
-        if isinstance(levels, bool) or levels not in range(1, self.tree.num_levels + 1):
+        known = isinstance(levels, int) and not isinstance(levels, bool)
+        if not known or not 1 <= levels <= self.tree.num_levels:
             raise ValueError(f"levels must be 1 to {self.tree.num_levels}, got {levels!r}")
         tree = Hierarchy(self.tree.tokens_per_node[:levels])
         return SemanticEmbedding(self.tokens[:, : tree.num_tokens], tree, self.pooled)
@@ -195,8 +199,10 @@ class SemanticEmbedding:
             joint_attention_kwargs with attention_mask, bool [1, 1, S, S] on the tokens' device.
 
         Raises:
-            ValueError: a size, the rule, text or pooled does not fit.
+            ValueError: a size, the rule, text or pooled does not fit; the tokens have become NaN
+                or infinite.
         """
+        check_finite("tokens", self.tokens)  # they may share memory that was written since
         h, w = patch_grid(height, width, patch)
         source_grid = None
         if source is not None:
@@ -225,7 +231,8 @@ class SemanticEmbedding:
         The file appears whole or not at all.
 
         Raises:
-            ValueError: the name does not end in ``.safetensors``.
+            ValueError: the name does not end in ``.safetensors``, or the tensors were changed in
+                place and hold a NaN or an infinity.
             FileNotFoundError: the folder is not there.
         """
         path = _check_suffix(path)
@@ -234,6 +241,8 @@ class SemanticEmbedding:
         tensors = {"tokens": self.tokens}
         if self.pooled is not None:
             tensors["pooled"] = self.pooled
+        for name, tensor in tensors.items():
+            check_finite(name, tensor)
         # a clone: safetensors refuses views that share storage
         tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
         about = {"format": FORMAT, "hierarchy": self.tree.tokens_per_node, "version": VERSION}
@@ -252,6 +261,8 @@ class SemanticEmbedding:
             FileNotFoundError: it is not there.
             ValueError: it is truncated, foreign, or of another hierarchy or shape.
         """
+        if tree is not None and not isinstance(tree, Hierarchy):
+            raise ValueError(f"tree must be a Hierarchy, got {type(tree).__name__}")
         path = _check_suffix(path)
         if not path.is_file():
             raise FileNotFoundError(f"path must be an embedding file, got {path}")
@@ -290,14 +301,15 @@ class SemanticEmbedding:
         self,
         other: "SemanticEmbedding",
         weight: Weight,
-        nodes: Sequence[str] | None,
+        nodes: Iterable[str] | None,
         mix: Mix,
     ) -> "SemanticEmbedding":
         self._check_twin("other", other)
         if len(other) not in (1, len(self)):
             raise ValueError(f"other must have a batch of 1 or {len(self)}, got {len(other)}")
         weight_of = node_weights(self.tree, weight, nodes)
-        counts = torch.tensor([node.stop - node.start for node in self.tree.nodes()])
+        sizes = [node.stop - node.start for node in self.tree.nodes()]
+        counts = torch.tensor(sizes, device="cpu")
         tokens = mix(self.tokens, other.tokens, weight_of.repeat_interleave(counts)[:, None])
         pooled = self.pooled
         if weight_of[0] != 0 and _kind(self.pooled) != _kind(other.pooled):
@@ -326,7 +338,7 @@ def _parse_metadata(path: Path, metadata: Mapping[str, str]) -> Hierarchy:
         about = json.loads(metadata[METADATA_KEY])
         known = about["format"] == FORMAT and about["version"] == VERSION
         tokens_per_node = about["hierarchy"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is a safetensors file but no embedding") from error
     if not known:
         raise ValueError(

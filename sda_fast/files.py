@@ -1,6 +1,9 @@
 """Files that appear whole or not at all."""
 
 import os
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -23,3 +26,32 @@ def write_whole(path: str | PathLike[str], data: bytes | str) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def moved_in_when_whole(
+    folder: str | PathLike[str], key: str, own: Callable[[str], bool]
+) -> Generator[Path, None, None]:
+    """A scratch folder inside folder, whose files move up at the end, if nothing was raised.
+
+    The key file goes first and comes last: cut off in between, the folder is without it and will
+    be refused, so files of two saves are never read as one.
+
+    Args:
+        folder: created if it is not there.
+        key: the name of the file without which nobody reads the folder.
+        own: whether a file of that name is of an earlier save, to be removed; others stay.
+
+    Raises:
+        OSError: something cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial.") as scratch:
+        yield Path(scratch)
+        (folder / key).unlink(missing_ok=True)
+        for file in folder.iterdir():
+            if file.is_file() and own(file.name):
+                file.unlink()
+        for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == key):
+            os.replace(file, folder / file.name)

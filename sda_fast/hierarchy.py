@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -78,17 +77,17 @@ class Hierarchy:
     @property
     def token_level(self) -> Tensor:
         """[N] int64, the level of each position's node."""
-        return _token_table(self)[0].clone()
+        return _token_table(self)[0]
 
     @property
     def token_row(self) -> Tensor:
         """[N] int64, the row of each position's node in the ``2**level`` rows of its level."""
-        return _token_table(self)[1].clone()
+        return _token_table(self)[1]
 
     @property
     def token_col(self) -> Tensor:
         """[N] int64, the column of each position's node."""
-        return _token_table(self)[2].clone()
+        return _token_table(self)[2]
 
     def nodes(self) -> Iterator[Node]:
         """All nodes, level by level, row-major: the order of the positions."""
@@ -202,7 +201,7 @@ class Hierarchy:
         num_txt = self.num_tokens + extra_text
         num_img = sum(rows * cols for rows, cols in grids)
         own = torch.cat([_overlap(*grid, *table) for grid in grids])
-        mask = torch.ones(num_txt + num_img, num_txt + num_img, dtype=torch.bool)
+        mask = torch.ones([num_txt + num_img] * 2, dtype=torch.bool, device="cpu")
         mask[num_txt:, :num_txt] = own
         if rule != "overlap":
             mask[:num_txt, num_txt:] = own.T
@@ -262,7 +261,7 @@ class Hierarchy:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # nested too deep, digits without end
             raise ValueError(f"text must be the JSON of a hierarchy, got {text[:80]!r}") from error
         if not isinstance(data, dict) or set(data) != {"tokens_per_node"}:
             raise ValueError(f"text must hold tokens_per_node and nothing else, got {text[:80]!r}")
@@ -288,13 +287,13 @@ def check_grid(name: str, grid: tuple[int, int]) -> tuple[int, int]:
     return check_int(f"{name}[0]", grid[0], 1), check_int(f"{name}[1]", grid[1], 1)
 
 
-@lru_cache(maxsize=64)
 def _token_table(tree: Hierarchy) -> tuple[Tensor, Tensor, Tensor]:
-    """Level, row and column of each position's node, [N] int64 each; shared, so never changed."""
+    """Level, row and column of each position's node, [N] int64 each."""
+    # not cached: made under FakeTensorMode or inference_mode, a tensor must not outlive it
     levels, rows, cols = [], [], []
     for level, count in enumerate(tree.tokens_per_node):
         cells = 2**level
-        node = torch.arange(cells * cells).repeat_interleave(count)
+        node = torch.arange(cells * cells, device="cpu").repeat_interleave(count)
         levels.append(torch.full_like(node, level))
         rows.append(node // cells)
         cols.append(node % cells)
@@ -304,7 +303,7 @@ def _token_table(tree: Hierarchy) -> tuple[Tensor, Tensor, Tensor]:
 def _overlap(h: int, w: int, level: Tensor, row: Tensor, col: Tensor) -> Tensor:
     """[h*w, T] bool: the integer rule, separable in rows and columns."""
     cells = 2**level
-    y, x = torch.arange(h)[:, None], torch.arange(w)[:, None]
+    y, x = (torch.arange(side, device="cpu")[:, None] for side in (h, w))
     rows = (y * cells < (row + 1) * h) & ((y + 1) * cells > row * h)
     cols = (x * cells < (col + 1) * w) & ((x + 1) * cells > col * w)
     return (rows[:, None] & cols[None]).flatten(0, 1)
@@ -322,7 +321,8 @@ def _share_node(grids: list[tuple[int, int]], cells: int) -> Tensor:
     """[S_img, S_img] bool: the patches overlap one common node of a level of ``cells`` rows."""
     ranges = []
     for h, w in grids:
-        y, x = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+        y, x = (torch.arange(side, device="cpu") for side in (h, w))
+        y, x = y.repeat_interleave(w), x.repeat(h)
         # first and last node row or column that the patch touches
         ranges.append(torch.stack([y * cells // h, ((y + 1) * cells - 1) // h]))
         ranges[-1] = torch.stack([*ranges[-1], x * cells // w, ((x + 1) * cells - 1) // w])

@@ -1,8 +1,9 @@
 """Pictures in and out: files and PIL images to tensors and back."""
 
-import struct
-from collections.abc import Iterator, Sequence
-from os import PathLike, fspath
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ Images = Picture | Sequence[Picture] | Tensor
 def load_image(picture: Picture) -> Image.Image:
     """Read a picture whole, upright, as RGB.
 
-    The EXIF orientation is applied, transparency laid over white, 16-bit grey brought to 8 bits;
-    of an animation the current frame is taken (the first, for a file).
+    The EXIF orientation is applied, transparency laid over white, 16-bit grey brought to 8 bits
+    (Pillow's integers of mode I are taken for such where all lie in 0 to 65535); of an animation
+    the current frame is taken (the first, for a file).
 
     Args:
         picture: a file, or a PIL image, which is not changed.
@@ -29,24 +31,22 @@ def load_image(picture: Picture) -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no picture, truncated, of a mode without a range (32-bit or float), or
-            has more than ``MAX_PIXELS`` pixels (refused before anything is decoded). The message
-            names the file.
+        OSError: the system does not open it, as for want of permission.
+        ValueError: it is no picture, damaged or truncated, of values without a range (float, or
+            integers beyond 16 bits), without a pixel, or has more than ``MAX_PIXELS`` of them
+            (refused before anything is decoded). The message names the file.
     """
     if isinstance(picture, Image.Image):
         return _to_rgb(picture, getattr(picture, "filename", "") or "the image")
     if not isinstance(picture, str | PathLike):
         raise ValueError(f"picture must be a path or a PIL image, got {type(picture).__name__}")
-    name = fspath(picture)
-    try:
-        with Image.open(picture) as image:
-            return _to_rgb(image, name)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"picture must be a file, got {name}, not there") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} must have at most {MAX_PIXELS:,} pixels: {error}") from error
-    except (Image.UnidentifiedImageError, IsADirectoryError) as error:
-        raise ValueError(f"{name} is not a picture that Pillow can read") from error
+    name = os.fsdecode(picture)
+    if "\0" in name:
+        raise ValueError(f"picture must be a file, got {name!r} with a null byte")
+    with _named(name):
+        image = Image.open(picture)
+    with image:
+        return _to_rgb(image, name)
 
 
 def to_tensor(images: Images) -> Tensor:
@@ -145,19 +145,44 @@ def _pixels(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
+@contextmanager
+def _named(name: str) -> Generator[None, None, None]:
+    """Give whatever Pillow raises at a file one type and the file's name."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"picture must be a file, got {name}, not there") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{name} must have at most {MAX_PIXELS:,} pixels: {error}") from error
+    except (Image.UnidentifiedImageError, IsADirectoryError) as error:
+        raise ValueError(f"{name} is not a picture that Pillow can read") from error
+    except Exception as error:  # each format's reader has errors of its own for torn bytes
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the system's, as permission denied: it names the file already
+        raise ValueError(f"{name} is damaged or truncated: {error}") from error
+
+
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
+    if not width * height:
+        raise ValueError(f"{name} must hold at least one pixel, got {width} x {height}")
     if width * height > MAX_PIXELS:
         raise ValueError(f"{name} must have at most {MAX_PIXELS:,} pixels, got {width} x {height}")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"{name} must be an 8- or 16-bit picture, got Pillow mode {image.mode!r}")
-    try:
+    if image.mode == "F":
+        raise ValueError(f"{name} must be an 8- or 16-bit picture, got one of floats")
+    with _named(name):
         image.load()  # opening reads the header alone: a torn file shows only here
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise ValueError(f"{name} is damaged or truncated: {error}") from error
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(
+                f"{name} must be an 8- or 16-bit picture, got values from {grey.min()} to "
+                f"{grey.max()}"
+            )
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

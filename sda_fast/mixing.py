@@ -1,7 +1,7 @@
 """Mixing two embeddings: weights for each node of a tree, linear and spherical interpolation."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ Weight = float | Sequence[float] | Mapping[str, float]
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def node_weights(tree: Hierarchy, weight: Weight, nodes: Sequence[str] | None) -> Tensor:
+def node_weights(tree: Hierarchy, weight: Weight, nodes: Iterable[str] | None) -> Tensor:
     """The weight of each node.
 
     Args:
@@ -30,6 +30,8 @@ def node_weights(tree: Hierarchy, weight: Weight, nodes: Sequence[str] | None) -
     """
     if isinstance(nodes, str):
         raise ValueError(f"nodes must be a sequence of paths, got the text {nodes!r}")
+    # a generator could be read only once
+    nodes = None if nodes is None else tuple(nodes)
     if isinstance(weight, Mapping):
         by_path = dict(weight)
     elif isinstance(weight, Sequence) and not isinstance(weight, str):
@@ -54,7 +56,7 @@ def node_weights(tree: Hierarchy, weight: Weight, nodes: Sequence[str] | None) -
         inside = nodes is None or any(path in nodes for path in lineage)
         deciding = next((path for path in lineage if path in by_path), None)
         weights.append(by_path[deciding] if inside and deciding is not None else 0.0)
-    return torch.tensor(weights, dtype=torch.float64)
+    return torch.tensor(weights, dtype=torch.float64, device="cpu")
 
 
 def lerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Pictures to embeddings and back: an adapter with its encoders beside a stock Flux pipeline."""
 
+import inspect
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,9 +14,12 @@ from torch import Tensor
 from sda_fast.adapter import SemanticAdapter
 from sda_fast.attachment import attach
 from sda_fast.coords import check_int
+from sda_fast.decode_arguments import check_guidance, one_of, refuse_filled, spread_seeds
+from sda_fast.dense_mask import dense_mask
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.encoders import ImageEncoder
 from sda_fast.flux_inputs import append_text, patch_grid, pooled_vector
+from sda_fast.flux_parts import check_plain
 from sda_fast.images import Images, group_by_size
 from sda_fast.pipeline_folder import (
     ENCODER_SETTINGS,
@@ -121,7 +124,8 @@ class SemanticPipeline:
             options: ``output`` "pil" or "pt"; ``text`` [1 or B, T, C], an ordinary prompt's
                 embeddings; ``isolate_level``; ``attention`` "op", or "mask" for the dense mask in
                 diffusers' own attention (IP-Adapters, devices without a kernel). All others go to
-                the Flux pipeline.
+                the Flux pipeline: ``image`` for Kontext, which takes it in its own size unless
+                ``_auto_resize=True`` ...
 
         Returns:
             B RGB images, or [B, 3, height, width] in [0, 1] for "pt".
@@ -131,30 +135,27 @@ class SemanticPipeline:
         """
         if not isinstance(emb, SemanticEmbedding):
             raise ValueError(f"emb must be a SemanticEmbedding, got {type(emb).__name__}")
-        output = _one_of("output", options.pop("output", "pil"), ("pil", "pt"))
-        attention = _one_of("attention", options.pop("attention", "op"), ("op", "mask"))
+        output = one_of("output", options.pop("output", "pil"), ("pil", "pt"))
+        attention = one_of("attention", options.pop("attention", "op"), ("op", "mask"))
+        refuse_filled(options)
         default = self.defaults
         inputs: dict[str, Any] = {
             "height": default.height if height is None else height,
             "width": default.width if width is None else width,
             "num_inference_steps": check_int("steps", default.steps if steps is None else steps, 1),
-            "guidance_scale": default.guidance if guidance is None else guidance,
-            "generator": [torch.Generator().manual_seed(s) for s in _seeds(seed, len(emb))],
+            "guidance_scale": check_guidance(default.guidance if guidance is None else guidance),
+            "generator": [torch.Generator().manual_seed(s) for s in spread_seeds(seed, len(emb))],
         }
-        h, w = patch_grid(inputs["height"], inputs["width"], self.patch)
+        height, width = inputs["height"], inputs["width"]
+        patch_grid(height, width, self.patch)
         inputs |= self._prompt(emb, options.pop("text", None))
-        scope, isolate_level = nullcontext(), options.pop("isolate_level", None)
-        if attention == "op":
-            scope = attach(self.flux.transformer, emb.tree, rule, isolate_level=isolate_level)
-        else:
-            prompt = inputs["prompt_embeds"]
-            extra_text = prompt.shape[1] - emb.tree.num_tokens
-            mask = emb.tree.attention_mask(h, w, rule, extra_text, isolate_level)
-            joint = options.get("joint_attention_kwargs") or {}
-            joint = {**joint, "attention_mask": mask[None, None].to(prompt.device)}
-            options["joint_attention_kwargs"] = joint
-        with scope:
-            return self.flux(**inputs, output_type=output, **options).images
+        if "max_area" in inspect.signature(self.flux.__call__).parameters:
+            # Kontext would choose other sizes by itself
+            inputs |= {"max_area": height * width, "_auto_resize": False}
+        mask_by = attach if attention == "op" else dense_mask
+        isolate_level = options.pop("isolate_level", None)
+        with mask_by(self.flux.transformer, emb.tree, rule, isolate_level=isolate_level):
+            return self.flux(**{**inputs, **options}, output_type=output).images
 
     def reconstruct(
         self,
@@ -185,7 +186,7 @@ class SemanticPipeline:
             raise ValueError(f"height and width must come together, got {height} and {width}")
         groups = list(group_by_size(images))
         rows = [row for places, _ in groups for row in places]
-        seeds = _seeds(seed, len(rows))
+        seeds = spread_seeds(seed, len(rows))
         keep = height is None
         sizes = [self._fit(*p.shape[-2:]) if keep else (height, width) for _, p in groups]
         if options.get("output") == "pt" and len(set(sizes)) > 1:
@@ -232,7 +233,7 @@ class SemanticPipeline:
             ValueError: an argument does not fit.
         """
         check_int("steps", steps, 2)
-        _one_of("method", method, ("slerp", "lerp"))
+        one_of("method", method, ("slerp", "lerp"))
         ends = [e if isinstance(e, SemanticEmbedding) else self.encode(e) for e in (a, b)]
         for name, end in zip("ab", ends, strict=True):
             if len(end) != 1:
@@ -266,25 +267,33 @@ class SemanticPipeline:
             clip: a folder or hub id of the contrastive encoder.
             dino: a folder or hub id of the DINOv2 encoder. Without encoders the pipeline can only
                 decode.
-            dtype: of all weights.
+            dtype: of all weights; ``torch_dtype`` is another name for it.
             encoder: settings of ``ImageEncoder`` (size, squash, ...) other than those of path.
             flux_options: to diffusers' ``from_pretrained``: ``text_encoder_2=None,
-                tokenizer_2=None`` leaves T5 out, which nothing here needs; ``variant``, ``token``,
-                ``quantization_config`` ...
+                tokenizer_2=None`` leaves T5 out, which nothing here needs; ``variant``,
+                ``quantization_config`` ... ``local_files_only`` counts for all hub ids,
+                ``revision``, ``token`` and ``cache_dir`` for flux alone.
 
         Raises:
             ValueError: parts are missing or do not fit, a file is torn, foreign, pickled or not
                 what its checksum says, or a config is another model's.
             OSError: a folder is not there, or the hub is out of reach.
         """
-        parts, settings = find_parts(
-            path, {"flux": flux, "adapter": adapter, "clip": clip, "dino": dino}
-        )
-        model = SemanticAdapter.from_pretrained(parts["adapter"], dtype=dtype).eval()
+        dtype = flux_options.pop("torch_dtype", dtype)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype must be a torch.dtype, got {dtype!r}")
+        given = {"flux": flux, "adapter": adapter, "clip": clip, "dino": dino}
+        parts, settings = find_parts(path, given, flux_options)
+        offline = bool(flux_options.get("local_files_only"))
+        model = SemanticAdapter.from_pretrained(
+            parts["adapter"], dtype=dtype, local_files_only=offline
+        ).eval()
         if parts["clip"] and parts["dino"]:
             options = {**(settings.encoder or {}), **(encoder or {})}
             model.set_encoder(
-                ImageEncoder.from_pretrained(parts["clip"], parts["dino"], dtype, **options)
+                ImageEncoder.from_pretrained(
+                    parts["clip"], parts["dino"], dtype, offline, **options
+                )
             )
         decoder = load_flux(parts["flux"], dtype, flux_options)
         pipe = cls(decoder, model, settings.decode)
@@ -298,11 +307,14 @@ class SemanticPipeline:
         """Write ``flux/``, ``adapter/``, ``clip/``, ``dino/``, the settings and ``SHA256SUMS``.
 
         All is written beside path first and put in its place when whole. A pipeline saved there
-        before is replaced; any other folder with something in it is refused.
+        before is replaced, but files beside its parts stay; any other folder with something in it
+        is refused.
 
         Raises:
-            ValueError: path is a file or such a folder.
+            ValueError: path is a file, such a folder or the working directory, or FLUX carries an
+                adapter or fused projections, which its config does not tell of.
         """
+        check_plain(self.flux.components)
         encoder = self.adapter.encoder
         about = encoder and {name: getattr(encoder, name) for name in ENCODER_SETTINGS}
         settings = Settings(self.patch, self.defaults, about)
@@ -358,17 +370,3 @@ class SemanticPipeline:
         scale = math.sqrt(self.defaults.height * self.defaults.width / (height * width))
         rows, cols = (max(1, round(side * scale / self.patch)) for side in (height, width))
         return rows * self.patch, cols * self.patch
-
-
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """One seed for each of count pictures."""
-    seeds = seed if isinstance(seed, Sequence) else [seed] * count
-    if len(seeds) != count:
-        raise ValueError(f"seed must be one integer, or one for each of {count}, got {len(seeds)}")
-    return [check_int("seed", value, 0) for value in seeds]
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    return value

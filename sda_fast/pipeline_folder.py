@@ -6,6 +6,7 @@ vision encoders, ``semantic_pipeline.json`` holds settings, ``SHA256SUMS`` all c
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -22,17 +23,17 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub.errors import HfHubHTTPError
 
-from sda_fast.weights import check_weights, require_folder, resolve_folder
+from sda_fast.flux_parts import OWN_VAE, check_loaded, check_parts
+from sda_fast.weights import DTYPE, require_folder, resolve_folder
 
 SHIPPED = "scenes"  # the model that comes with the package
 SETTINGS, CLASS, FORMAT = "semantic_pipeline.json", "SemanticPipeline", 1
 MANIFEST = "SHA256SUMS"  # in the form that `sha256sum -c` reads
-# diffusers 0.40 renamed the argument and warns of the old name
-DTYPE = (
-    "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
-)
-OWN_VAE = ["sda_fast.scenes.vae", "SpaceToDepthVAE"]
 ENCODER_SETTINGS = ("size", "clip_mean", "clip_std", "dino_mean", "dino_std", "squash")
+
+# of diffusers' from_pretrained, for the repository that is fetched
+FLUX_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "proxies")
+PARTS = ("flux", "adapter", "clip", "dino")  # folders of a saved pipeline
 
 Folder = str | PathLike[str]
 
@@ -70,23 +71,33 @@ class Settings:
 
 
 def find_parts(
-    path: Folder | None, given: dict[str, Folder | None]
+    path: Folder | None, given: dict[str, Folder | None], hub: dict[str, Any]
 ) -> tuple[dict[str, Any], Settings]:
     """Where flux, adapter, clip and dino come from, and the settings of path.
 
     Args:
         path: a saved pipeline, or None; with nothing given either it is the shipped one.
         given: folder or hub id of each part that does not come from path, else None.
+        hub: options for hub ids. Only ``local_files_only`` counts for others than flux; the rest
+            are refused beside such ids, as a revision is one repository's own.
 
     Raises:
         OSError: a folder is not there, or the hub is out of reach.
-        ValueError: a part is missing, or a file of path is not what it was.
+        ValueError: a part is missing, a file of path is not what it was, or options beside a hub
+            id do not reach it.
     """
+    for name, part in (("path", path), *given.items()):
+        lost = [option for option in FLUX_HUB_OPTIONS if hub.get(option) is not None]
+        if name != "flux" and part not in (None, SHIPPED) and _is_hub_id(part) and lost:
+            raise ValueError(
+                f"{', '.join(lost)} must come with folders, as only flux is fetched with it, got "
+                f"the hub id {str(part)!r} as {name}: download it and give its folder"
+            )
     parts: dict[str, Any] = dict(given)
     settings = Settings()
     if path is not None or not any(given.values()):
-        # absolute, so that no part that is missing looks like a hub id
-        root = find_root(SHIPPED if path is None else path).absolute()
+        root = find_root(SHIPPED if path is None else path, bool(hub.get("local_files_only")))
+        root = root.absolute()  # so that no part that is missing looks like a hub id
         settings = read_settings(root)
         own = parts if settings.encoder else ("flux", "adapter")
         parts |= {name: given[name] or root / name for name in own}
@@ -98,7 +109,7 @@ def find_parts(
     return parts, settings
 
 
-def find_root(path: Folder) -> Path:
+def find_root(path: Folder, local_files_only: bool = False) -> Path:
     """The folder of a saved pipeline: the shipped one by name, a folder, or a hub id.
 
     Its files are compared with its manifest, if it has one; the shipped one has.
@@ -112,7 +123,7 @@ def find_root(path: Folder) -> Path:
         if not (root / MANIFEST).is_file():
             raise FileNotFoundError(f"the shipped model has no {MANIFEST} in {root}: reinstall")
     else:
-        root = resolve_folder(path, "path")
+        root = resolve_folder(path, "path", local_files_only)
     if (root / MANIFEST).is_file():
         check_manifest(root)
     return root
@@ -180,21 +191,49 @@ def check_manifest(root: Path) -> None:
 def replaced_when_whole(path: Folder) -> Generator[Path, None, None]:
     """A new folder beside path that takes its place at the end, if nothing was raised.
 
+    What lies in a saved pipeline and is none of its parts, such as a README, is carried over.
+    Whatever fails, path is as it was.
+
     Raises:
-        ValueError: path is a file, or a folder of anything but a saved pipeline.
+        ValueError: path is a file, a folder of anything but a saved pipeline, or the working
+            directory or a folder around it, which cannot be replaced beneath its user.
     """
-    target = Path(path)
+    target = Path(path).resolve()
     foreign = target.is_dir() and any(target.iterdir()) and not (target / SETTINGS).is_file()
     if target.is_file() or foreign:
         raise ValueError(f"path must be new, empty or a saved pipeline, got {target}")
+    if Path.cwd().is_relative_to(target):
+        raise ValueError(f"path must not be the working directory or around it, got {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        new = Path(scratch) / "new"
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    new, old = scratch / "new", scratch / "old"
+    try:
         new.mkdir()
         yield new
+        _swap(target, new, old)
+    finally:
+        # an old folder that could not be put back is kept
+        if target.exists() or not old.exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(target: Path, new: Path, old: Path) -> None:
+    """Put new in the place of target, with target's foreign files, and target at old."""
+    there = target.iterdir() if target.is_dir() else ()
+    strangers = [p.name for p in there if p.name not in (*PARTS, SETTINGS, MANIFEST)]
+    try:
+        for name in strangers:
+            (target / name).rename(new / name)
         if target.exists():
-            target.rename(Path(scratch) / "old")
+            target.rename(old)
         new.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        for name in strangers:
+            if (new / name).exists():
+                (new / name).rename(target / name)
+        raise
 
 
 def load_flux(path: Folder, dtype: torch.dtype, options: dict[str, Any]) -> FluxPipeline:
@@ -207,14 +246,12 @@ def load_flux(path: Folder, dtype: torch.dtype, options: dict[str, Any]) -> Flux
 
     Raises:
         OSError: the folder is not there, or the hub is out of reach.
-        ValueError: it is no Flux pipeline, or its weights are pickled, torn or foreign.
+        ValueError: it is no Flux pipeline, or its weights are pickled, torn, foreign or incomplete.
     """
     folder = _flux_folder(path, options)
     index = _read_index(folder)
-    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
-        wanted = index.get(name, [None])[0] and options.get(name, ...) is not None
-        if wanted and not isinstance(options.get(name), torch.nn.Module):
-            check_weights(require_folder(folder / name, f"flux {name}"), f"flux {name}")
+    check_parts(folder, index, options)
+    given = set(options)
     # from_pretrained wants to be told that what the folder leaves out shall be left out
     left_out = {k: None for k, v in index.items() if isinstance(v, list) and v[0] is None}
     options = {"use_safetensors": True, DTYPE: dtype, **left_out, **options}
@@ -227,6 +264,8 @@ def load_flux(path: Folder, dtype: torch.dtype, options: dict[str, Any]) -> Flux
         flux = getattr(diffusers, index["_class_name"]).from_pretrained(folder, **options)
     finally:
         logging.set_verbosity(level)
+    if options.get("device_map") is None:  # what is placed by it may wait on the meta device
+        check_loaded({k: part for k, part in flux.components.items() if k not in given})
     for part in (flux, *flux.components.values()):
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
@@ -238,9 +277,8 @@ def load_flux(path: Folder, dtype: torch.dtype, options: dict[str, Any]) -> Flux
 
 def _flux_folder(path: Folder, options: dict[str, Any]) -> Path:
     """The folder itself, or where the hub's client put the components of a hub id."""
-    folder = Path(path)
-    if folder.exists() or folder.is_absolute() or str(path).count("/") != 1:
-        return require_folder(folder, "flux")
+    if not _is_hub_id(path):
+        return require_folder(path, "flux")
     try:
         return Path(DiffusionPipeline.download(str(path), use_safetensors=True, **options))
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -248,6 +286,11 @@ def _flux_folder(path: Folder, options: dict[str, Any]) -> Path:
             f"flux must be a folder or a hub id, got {str(path)!r}: there is no such folder here, "
             f"and the Hugging Face hub is out of reach or refuses it ({type(error).__name__})"
         ) from error
+
+
+def _is_hub_id(path: Folder) -> bool:
+    folder = Path(path)
+    return not (folder.exists() or folder.is_absolute()) and str(path).count("/") == 1
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Where weights come from: folders and hub ids, safetensors only, checked before they are used."""
 
 import json
+from collections.abc import Collection
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,10 @@ from safetensors.torch import load_file, save
 from sda_fast.files import write_whole
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# diffusers 0.40 renamed the argument and warns of the old name
+DTYPE = (
+    "dtype" if tuple(map(int, version("diffusers").split(".")[:2])) >= (0, 40) else "torch_dtype"
+)
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
@@ -87,15 +93,21 @@ def read_config(folder: Path, argument: str) -> dict[str, Any]:
     return config
 
 
-def check_weights(folder: Path, argument: str) -> None:
+def check_weights(folder: Path, argument: str, beside: Collection[str] = ()) -> None:
     """See that a model folder holds whole safetensors files, before anything is built from it.
+
+    Args:
+        folder: of the model.
+        argument: the caller's name for it, for messages.
+        beside: names of files that are not the weights of the model itself; they must be whole,
+            but do not do alone.
 
     Raises:
         ValueError: it holds pickled weights only, or a truncated or foreign safetensors file.
         FileNotFoundError: it holds no weights at all.
     """
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if all(file.name in beside for file in files):
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
         if pickles:
             raise ValueError(

@@ -3,10 +3,10 @@ import os
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, ModelMixin
 
 from sda_fast.adapter import SemanticAdapter
-from sda_fast.weights import read_safetensors, write_safetensors
+from sda_fast.weights import DTYPE, read_safetensors, write_safetensors
 from tests.tiny_encoders import FEATURES, same_state, tiny_adapter, tiny_encoder
 
 
@@ -46,6 +46,124 @@ def test_loads_in_bf16(tmp_path, argument, low_cpu_mem_usage):
     )
     assert same_state(loaded, adapter.to(torch.bfloat16))
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+def test_names_the_dtype_as_this_diffusers_does(tmp_path, monkeypatch, argument):
+    class Seen(Exception):
+        pass
+
+    def record(path, **kwargs):
+        raise Seen({k: v for k, v in kwargs.items() if "dtype" in k})
+
+    tiny_adapter().save_pretrained(tmp_path)
+    monkeypatch.setattr(ModelMixin, "from_pretrained", record)
+    with pytest.raises(Seen) as seen:
+        SemanticAdapter.from_pretrained(tmp_path, **{argument: torch.float16})
+    assert seen.value.args == ({DTYPE: torch.float16},)
+
+
+def opened_adapter(**options):
+    adapter = tiny_adapter(**options)
+    adapter.set_encoder(tiny_encoder())
+    adapter.encoder.unfreeze_last(1)
+    return adapter
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("part", ["config", "weights", "encoder"])
+def test_a_failed_save_leaves_the_old_one_whole(tmp_path, monkeypatch, part):
+    opened_adapter().save_pretrained(tmp_path)
+    before, called = contents(tmp_path), []
+
+    def fail(*_, **__):
+        called.append(part)
+        raise OSError(28, "No space left on device")
+
+    target = {
+        "config": "diffusers.configuration_utils.ConfigMixin.save_config",
+        "weights": "safetensors.torch.save_file",
+        "encoder": "sda_fast.adapter.write_safetensors",
+    }[part]
+    monkeypatch.setattr(target, fail)
+    with pytest.raises(OSError, match="No space left"):
+        opened_adapter(pooled_features=3).save_pretrained(tmp_path)
+    assert called == [part]
+    assert contents(tmp_path) == before
+
+
+def test_a_save_cut_off_while_moving_is_never_a_mix(tmp_path, monkeypatch):
+    opened_adapter().save_pretrained(tmp_path)
+    replace, moved = os.replace, []
+
+    def stop(source, target):
+        if "partial" in str(source) and str(target).startswith(str(tmp_path / "diffusion")):
+            moved.append(target)
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        opened_adapter().save_pretrained(tmp_path)
+    assert moved
+    with pytest.raises(FileNotFoundError, match=r"without config\.json"):
+        SemanticAdapter.from_pretrained(tmp_path)
+
+
+def test_a_save_replaces_a_sharded_one_and_keeps_other_files(tmp_path):
+    tiny_adapter().save_pretrained(tmp_path, max_shard_size=20_000)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors.index.json").exists()
+    assert same_shapes(SemanticAdapter.from_pretrained(tmp_path), tiny_adapter())
+    (tmp_path / "README.md").write_text("a card")
+    (tmp_path / "other").mkdir()
+    adapter = tiny_adapter()
+    adapter.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [
+        "README.md",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "other",
+    ]
+    assert same_state(SemanticAdapter.from_pretrained(tmp_path), adapter)
+    tiny_adapter().save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+
+
+def same_shapes(a, b):
+    shapes = ({k: v.shape for k, v in m.state_dict().items()} for m in (a, b))
+    return next(shapes) == next(shapes)
+
+
+def test_a_hub_out_of_reach_does_not_cost_the_save(tmp_path, monkeypatch):
+    def refuse(self, repo_id, **options):
+        raise OSError(f"no way to {repo_id} as {options['commit_message']}")
+
+    monkeypatch.setattr(SemanticAdapter, "push_to_hub", refuse)
+    adapter = tiny_adapter()
+    with pytest.raises(OSError, match="no way to mine as first"):
+        adapter.save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="first")
+    assert same_state(SemanticAdapter.from_pretrained(tmp_path / "mine"), adapter)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("width", "32", "width must be an integer >= 1, got '32'"),
+        ("num_layers", 2.0, r"num_layers must be an integer >= 1, got 2\.0"),
+        ("pooled_features", "5", "pooled_features, unless None, must be an integer >= 1, got '5'"),
+        ("cross_attention_rope", "no", "cross_attention_rope must be True or False, got 'no'"),
+        ("tokens_per_node", None, "tokens_per_node must be a tuple of 1 to 6 integers, got None"),
+    ],
+)
+def test_names_the_folder_and_key_of_a_bad_config(tmp_path, key, value, message):
+    tiny_adapter().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=rf"adapter: {tmp_path}/config\.json: {message}"):
+        SemanticAdapter.from_pretrained(tmp_path)
 
 
 def test_loads_from_a_subfolder(tmp_path):
@@ -104,6 +222,9 @@ def test_refuses_weights_it_cannot_trust(tmp_path):
         with pytest.raises(ValueError, match=r"model\.safetensors is truncated or no safetens"):
             SemanticAdapter.from_pretrained(tmp_path)
     weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ValueError, match=r"pickled weights diffusion_pytorch_model\.bin"):
+        SemanticAdapter.from_pretrained(tmp_path)
+    write_safetensors(tmp_path / "encoder_layers.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"pickled weights diffusion_pytorch_model\.bin"):
         SemanticAdapter.from_pretrained(tmp_path)
     weights.with_suffix(".bin").unlink()

@@ -1,3 +1,5 @@
+import copy
+
 import accelerate
 import pytest
 import torch
@@ -9,7 +11,7 @@ from peft import LoraConfig
 import sda_fast
 from sda_fast.attachment import attach, read_grids
 from sda_fast.embedding import SemanticEmbedding
-from sda_fast.hierarchy import RULES
+from sda_fast.hierarchy import RULES, Hierarchy
 
 from .attached_flux import (
     FLUX_TOLERANCE,
@@ -236,6 +238,42 @@ def test_compiled_blocks(transformer):
     transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
     with attach(transformer, TREE):
         assert_as_dense(transformer, inputs, want)
+
+
+@torch.no_grad()
+def test_compiled_blocks_attached_again(transformer):
+    """An argument that changes from one attach to the next becomes symbolic in the blocks."""
+    transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    inputs = make_inputs(4, 4)
+    for level in (2, 1):
+        want = dense(make_transformer(), inputs, 4, 4, "isolated", isolate_level=level)
+        with attach(transformer, TREE, "isolated", isolate_level=level):
+            assert_as_dense(transformer, inputs, want)
+    for tree in (TREE, Hierarchy((3, 2))):
+        inputs = make_inputs(4, 4, num_txt=tree.num_tokens)
+        mask = tree.attention_mask(4, 4)[None, None]
+        want = run(make_transformer(), inputs, attention_mask=mask)
+        with attach(transformer, tree):
+            assert_as_dense(transformer, inputs, want)
+
+
+@torch.no_grad()
+def test_copy_before_attach(transformer):
+    """A copy of an attached transformer would run the weights of the first."""
+    inputs = make_inputs()
+    want = dense(transformer, inputs)
+    twin = copy.deepcopy(transformer)
+    handle = attach(transformer, TREE)
+    late = copy.deepcopy(transformer)
+    assert_as_dense(transformer, inputs, want)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="copy before attach"):
+            run(late, inputs)
+        with pytest.raises(RuntimeError, match="copy before attach"):
+            attach(late, TREE)
+        handle.detach()
+    with attach(twin, TREE):
+        assert_as_dense(twin, inputs, want)
 
 
 @torch.no_grad()

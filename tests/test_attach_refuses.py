@@ -136,6 +136,14 @@ def test_refuses_fewer_text_tokens_than_positions(transformer):
         run(transformer, inputs)
 
 
+@pytest.mark.parametrize("ids", [{}, {"img_ids": None}])
+def test_refuses_a_call_without_ids(transformer, ids):
+    inputs = make_inputs()
+    del inputs["img_ids"]
+    with attach(transformer, TREE), pytest.raises(ValueError, match="img_ids must be given"):
+        run(transformer, {**inputs, **ids})
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -1,6 +1,7 @@
 """The command line: what it writes, what it prints where, and its exit codes."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -158,6 +159,30 @@ def test_info_refuses_what_it_does_not_know(model, tmp_path, kind):
     assert result.exit_code == BAD_INPUT
     assert result.stdout == ""
     assert "error:" in result.stderr
+
+
+@pytest.mark.parametrize("field", ["tokens_per_node", "width"])
+def test_info_names_what_an_adapter_config_lacks(model, tmp_path, field):
+    shutil.copytree(model / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "config.json"
+    config = json.loads(file.read_text())
+    del config[field]
+    file.write_text(json.dumps(config))
+    result = run("info", tmp_path / "adapter")
+    assert result.exit_code == BAD_INPUT
+    assert f"without {field}" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "encode", "interpolate"])
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_out_must_be_a_folder(command, below, pictures, tmp_path):
+    (tmp_path / "file.png").write_bytes(b"mine")
+    before = sorted(tmp_path.rglob("*"))
+    result = run(command, *pictures, "--out", tmp_path / "file.png" / below)
+    assert result.exit_code == BAD_INPUT
+    assert "--out must be a folder" in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file.png").read_bytes() == b"mine"
 
 
 def bad_command(kind, model, pictures, tmp_path):

@@ -215,6 +215,8 @@ def test_bad_input_is_refused_before_anything_is_written(model, tmp_path):
     assert not out.exists()
     with pytest.raises(NotADirectoryError, match=r"a\.png"):
         run_demo(folder / "a.png", model)
+    with pytest.raises(NotADirectoryError, match=r"a\.png is none"):
+        run_demo(folder / "a.png" / "deeper", model)
 
 
 def test_the_transplant_shows_a_whole_object_where_there_was_none():

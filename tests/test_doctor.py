@@ -77,6 +77,16 @@ def test_a_missing_model_is_a_problem(tmp_path):
     assert "nowhere" in result.stdout
 
 
+def test_a_hub_id_is_no_problem_and_what_cannot_be_one_is():
+    report = doctor.examine("someone/some-model")
+    assert report["problems"] == []
+    assert report["model"]["ok"] is None
+    assert "hub id" in report["model"]["detail"]
+    for wrong in ("nowhere", "a/b/c", "./nowhere", "/nowhere"):
+        [problem] = doctor.examine(wrong)["problems"]
+        assert wrong.removeprefix("./") in problem
+
+
 @pytest.mark.parametrize(
     ("package", "version", "named"),
     [("torch", "2.1.0", ">=2.10"), ("diffusers", None, "not installed"), ("triton", None, None)],

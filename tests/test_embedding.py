@@ -40,6 +40,9 @@ def test_batches_come_apart_and_together():
     assert torch.equal(emb.select(-1).tokens, emb.tokens[2:])
     assert torch.equal(emb.select(slice(0, 2)).pooled, emb.pooled[:2])
     assert same(SemanticEmbedding.cat([emb.select(0), emb.select(slice(1, 3))]), emb)
+    assert same(SemanticEmbedding.cat(emb.select(i) for i in range(3)), emb)
+    with pytest.raises(ValueError, match="at least one embedding"):
+        SemanticEmbedding.cat(iter(()))
     with pytest.raises(IndexError, match="batch of 3, got 3"):
         emb.select(3)
     with pytest.raises(ValueError, match="tokens must be"):
@@ -118,6 +121,9 @@ def test_weights_for_levels_and_nodes():
     some = a.lerp(b, 1.0, nodes=["/2", "/0/1"])
     inside = TREE.subtree("/2") | TREE.subtree("/0/1")
     assert torch.equal(some.tokens, torch.where(inside[:, None], b.tokens, a.tokens))
+    assert same(a.lerp(b, 1.0, nodes=(path for path in ("/2", "/0/1"))), some)
+    with torch.device("meta"):
+        assert same(a.lerp(b, 1.0, nodes=["/2", "/0/1"]), some)
 
 
 def test_a_transplant_takes_the_node_and_what_is_below():
@@ -169,7 +175,7 @@ def test_truncate_keeps_the_coarse_levels():
     assert coarse.tree == Hierarchy((3, 2))
     assert torch.equal(coarse.tokens, emb.tokens[:, :11])
     assert same(emb.truncate(3), emb)
-    for levels in (0, 4, True, 1.5):
+    for levels in (0, 4, True, 1.5, 2.0):
         with pytest.raises(ValueError, match="levels must be 1 to 3"):
             emb.truncate(levels)
 
@@ -197,6 +203,7 @@ def test_to_moves_tokens_and_pooled():
         (torch.zeros(2, 27, 8), torch.zeros(1, 4), r"pooled must be \[2, P\]"),
         (torch.zeros(2, 27, 8), torch.full((2, 4), float("nan")), "pooled must be finite"),
         ([[0.0]], None, "tokens must be a tensor"),
+        (torch.zeros(2, 27, 8), torch.zeros(2, 4).numpy(), "pooled must be a tensor, got ndarray"),
     ],
 )
 def test_refuses_tensors(tokens, pooled, match):
@@ -237,6 +244,15 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["tokens", "pooled"])
+def test_what_became_nan_is_not_saved(tmp_path, name):
+    emb = make()
+    getattr(emb, name)[0] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} must be finite"):
+        emb.save(tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def write_foreign(path, kind):
     """A file that is no whole embedding, and what the error must say of it."""
     about = {"format": "sda_fast.embedding", "hierarchy": [3, 2, 1], "version": 1}
@@ -248,6 +264,9 @@ def write_foreign(path, kind):
         make().save(path)
         path.write_bytes(path.read_bytes()[:-1])
         return "truncated"
+    if kind in ("nested", "digits"):
+        save_file(tensors, path, {"sda_fast": {"nested": "[" * 10**5, "digits": "1" * 10**4}[kind]})
+        return "no embedding"
     if kind == "no-metadata":
         save_file(tensors, path)
         return "no embedding"
@@ -273,6 +292,8 @@ def write_foreign(path, kind):
         "empty",
         "truncated",
         "no-metadata",
+        "nested",
+        "digits",
         "format",
         "version",
         "hierarchy",
@@ -293,6 +314,8 @@ def test_refuses_other_hierarchies_suffixes_and_places(tmp_path):
     make().save(path)
     with pytest.raises(ValueError, match=r"a\.safetensors must be of the hierarchy \(32, 8, 4\)"):
         SemanticEmbedding.load(path, tree=Hierarchy())
+    with pytest.raises(ValueError, match="tree must be a Hierarchy, got tuple"):
+        SemanticEmbedding.load(path, tree=(3, 2))
     for suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         pickled = tmp_path / f"a{suffix}"
         pickled.write_bytes(path.read_bytes())
@@ -304,3 +327,10 @@ def test_refuses_other_hierarchies_suffixes_and_places(tmp_path):
         SemanticEmbedding.load(tmp_path / "nothere.safetensors")
     with pytest.raises(FileNotFoundError, match="nothere"):
         make().save(tmp_path / "nothere" / "a.safetensors")
+
+
+def test_what_became_nan_is_not_handed_to_flux():
+    emb = make()
+    emb.tokens[0, 3, 1] = float("nan")
+    with pytest.raises(ValueError, match="tokens must be finite, got 1 values"):
+        emb.flux_inputs(64, 64)

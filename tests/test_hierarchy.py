@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sda_fast.coords import patch_coords
 from sda_fast.hierarchy import RULES, Hierarchy
@@ -160,6 +161,45 @@ def test_a_mask_belongs_to_the_caller():
         assert before.any()
 
 
+def tables(tree):
+    return [
+        tree.token_coords(2, 3), patch_coords(2, 3), tree.token_level, tree.token_row,
+        tree.token_col, tree.subtree("/1"), tree.overlap(2, 3),
+        *(tree.attention_mask(2, 3, rule, 1, source=(1, 2)) for rule in RULES),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 3), (1, 4)])
+def test_tables_ignore_the_default_device(counts):
+    # each tree is asked for the first time here: under the other device, then without
+    tree = Hierarchy(counts)
+    with torch.device("meta"):
+        under = tables(tree)
+    after = tables(tree)
+    torch.set_default_device("meta")
+    try:
+        again = tables(tree)
+    finally:
+        torch.set_default_device(None)
+    for a, b, c in zip(under, after, again, strict=True):
+        assert a.device == b.device == c.device == torch.device("cpu")
+        assert torch.equal(a, b)
+        assert torch.equal(b, c)
+
+
+def test_fake_tensors_do_not_outlive_their_mode():
+    for first in (True, False):
+        tree = Hierarchy((3, 0, 2, int(first)))
+        real = None if first else tables(tree)
+        with FakeTensorMode():
+            fake = tables(tree)
+        real = tables(tree) if real is None else real
+        for a, b in zip(fake, real, strict=True):
+            assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+            assert type(a) is not torch.Tensor
+            assert type(b) is torch.Tensor
+
+
 def test_the_deepest_level_is_isolated_by_default():
     tree = Hierarchy((2, 1, 1))
     assert torch.equal(
@@ -198,7 +238,9 @@ def test_refuses_tokens_per_node(counts):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"tokens_per_node":[0]}', '{"tokens_per_node":[1],"more":1}']
+    "text",
+    ["", "[]", "{}", "[" * 10**5, '{"tokens_per_node":[0]}', '{"tokens_per_node":[1],"more":1}'],
+    ids=["empty", "list", "object", "nested", "no-position", "more"],
 )
 def test_refuses_json(text):
     with pytest.raises(ValueError, match=r"text|tokens_per_node"):

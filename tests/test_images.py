@@ -69,15 +69,54 @@ def test_load_image_keeps_the_range_of_16_bit_grey(tmp_path):
     assert [loaded.getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (100,) * 3, (255,) * 3]
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_load_image_refuses_a_truncated_file_by_name(tmp_path, format):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+def test_load_image_takes_integers_of_16_bits(tmp_path):
+    grey = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
+    path = tmp_path / "a.pgm"
+    path.write_bytes(b"P5 3 1 65535 " + grey.astype(">u2").tobytes())
+    assert Image.open(path).mode == "I"
+    loaded = load_image(path)
+    assert [loaded.getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (100,) * 3, (255,) * 3]
+    for beyond in (-1, 65536):
+        with pytest.raises(ValueError, match=rf"8- or 16-bit picture, got values .*{beyond}"):
+            load_image(Image.fromarray(np.array([[7, beyond]], dtype=np.int32)))
+
+
+@pytest.mark.parametrize(
+    "format", ["JPEG", "WEBP", "PNG", "ICO", "BMP", "DDS", "MPO", "AVIF", "PPM"]
+)
+def test_load_image_refuses_a_file_cut_anywhere_by_name(tmp_path, format):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, format)
+    data, path, messages = buffer.getvalue(), tmp_path / "torn", set()
+    for length in range(0, len(data) - 21, 1 if format == "WEBP" else 5):  # what ends a file may go
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"torn is (damaged or truncated|not a pict)") as error:
+            load_image(path)
+        messages.add(str(error.value).split(":")[0])
+    assert f"{path} is damaged or truncated" in messages
+
+
+def test_load_image_refuses_a_cut_jpeg2000(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG2000")
     path = tmp_path / "torn"
-    path.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    with pytest.raises(ValueError, match=r"torn is damaged or truncated"):
-        load_image(path)
+    for length in (20, 60, 400):
+        path.write_bytes(buffer.getvalue()[:length])
+        with pytest.raises(ValueError, match="torn is damaged or truncated"):
+            load_image(path)
+
+
+def test_load_image_passes_on_what_the_system_refuses(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with pytest.raises(OSError, match="File name too long"):
+        load_image(tmp_path / ("a" * 5000))
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(PermissionError, match=r"a\.png"):
+        load_image(tmp_path / "a.png")
 
 
 def test_load_image_refuses_what_is_no_picture(tmp_path):
@@ -90,6 +129,10 @@ def test_load_image_refuses_what_is_no_picture(tmp_path):
         load_image(tmp_path / "gone.png")
     with pytest.raises(ValueError, match="must be a path or a PIL image, got int"):
         load_image(3)
+    with pytest.raises(ValueError, match=r"a file, got 'a\\x00b\.png' with a null byte"):
+        load_image("a\0b.png")
+    with pytest.raises(ValueError, match="the image must hold at least one pixel, got 0 x 4"):
+        load_image(Image.new("RGB", (0, 4)))
     with pytest.raises(ValueError, match="8- or 16-bit"):
         load_image(Image.new("F", (2, 2)))
 

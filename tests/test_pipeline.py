@@ -1,6 +1,8 @@
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline, FluxPipeline
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers import transformer_flux
 from PIL import Image
 from tokenizers import Tokenizer
@@ -120,6 +122,57 @@ def test_other_options_reach_flux(capsys):
     assert not torch.equal(near, far)
 
 
+def test_the_largest_seed(pipe):
+    pipe.decode(make_embedding(1), steps=1, seed=2**64 - 1)
+
+
+@pytest.mark.parametrize("where", ["transformer", "everywhere"])
+def test_mask_under_a_backend_that_drops_it(pipe, monkeypatch, where):
+    """flash_attn's varlen takes a mask and keeps only which keys are padding."""
+
+    def varlen(q, k, v, **kwargs):
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN", True)
+    monkeypatch.setattr(attention_dispatch, "flash_attn_varlen_func", varlen)
+    monkeypatch.setattr(attention_dispatch, "_check_attention_backend_requirements", id)
+    emb, backend = make_embedding(1), attention_dispatch.AttentionBackendName.FLASH_VARLEN
+    want = pipe.decode(emb, output="pt")
+    if where == "everywhere":
+        with attention_backend(backend), pytest.raises(ValueError, match=r"varlen.*key padding"):
+            pipe.decode(emb, attention="mask")
+    else:
+        for processor in pipe.flux.transformer.attn_processors.values():
+            monkeypatch.setattr(processor, "_attention_backend", backend)
+        with pytest.raises(ValueError, match=r"varlen.*key padding.*'native'"):
+            pipe.decode(emb, attention="mask")
+        pipe.flux.transformer.reset_attention_backend()
+    dense = pipe.decode(emb, output="pt", attention="mask")
+    torch.testing.assert_close(dense, want, **CLOSE)
+
+
+@pytest.mark.parametrize("rule", ["overlap", "isolated"])
+def test_kontext(rule):
+    """It makes the size asked for and takes its picture, of another size, by the same rule."""
+    pipe = make_pipe(FluxKontextPipeline)
+    emb, source = make_embedding(), torch.rand(2, 3, 32, 64)
+    inputs = emb.flux_inputs(48, 32, rule, source=(32, 64))
+    generators = [torch.Generator().manual_seed(4) for _ in range(2)]
+    options = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt"}
+    want = pipe.flux(**inputs, **options, image=source, generator=generators).images
+    for attention in ("op", "mask"):
+        out = pipe.decode(
+            emb, 48, 32, 2, 2.0, 4, rule, image=source, attention=attention, output="pt"
+        )
+        assert out.shape == (2, 3, 48, 32)
+        torch.testing.assert_close(out, want, **CLOSE)
+    alone = pipe.decode(emb, 48, 32, 2, 2.0, 4, rule, output="pt")
+    assert alone.shape == (2, 3, 48, 32)
+    assert (alone - want).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="height and width in place of max_area"):
+        pipe.decode(emb, max_area=64)
+
+
 def test_dtype_of_the_decoder_counts():
     pipe = make_pipe().to(torch.bfloat16)
     emb = pipe.encode(make_picture())
@@ -160,6 +213,18 @@ def test_pooled_vector_of_the_empty_prompt():
         ({"seed": None}, "seed must be an integer >= 0, got None"),
         ({"emb": torch.zeros(1, 27, 32)}, "emb must be a SemanticEmbedding, got Tensor"),
         ({"seed": -1}, "seed must be an integer >= 0"),
+        ({"seed": 2**64}, r"seed must be at most 2\*\*64 - 1"),
+        ({"guidance": float("nan")}, "guidance must be a finite number, got nan"),
+        ({"guidance": "3"}, "guidance must be a finite number, got '3'"),
+        ({"guidance": True}, "guidance must be a finite number, got True"),
+        ({"generator": torch.Generator()}, "decode takes seed in place of generator"),
+        ({"output_type": "np"}, "decode takes output in place of output_type"),
+        ({"return_dict": False}, "decode takes output in place of return_dict"),
+        ({"num_images_per_prompt": 2}, "a batch of embeddings in place of num_images_per_prompt"),
+        (
+            {"joint_attention_kwargs": {"attention_mask": None}},
+            "rule and attention in place of an attention_mask",
+        ),
         ({"rule": "global"}, "rule must be one of"),
         ({"output": "latent"}, "output must be one of pil, pt, got 'latent'"),
         ({"attention": "flash"}, "attention must be one of op, mask"),

@@ -2,13 +2,14 @@
 
 import json
 import os
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
 
-from sda_fast import pipeline_folder
+from sda_fast import pipeline_folder, weights
 from sda_fast.pipeline import SemanticPipeline
 from sda_fast.pipeline_folder import MANIFEST, SETTINGS, DecodeDefaults
 from sda_fast.scenes.vae import SpaceToDepthVAE
@@ -128,7 +129,7 @@ def test_class_and_vae_come_from_the_folder(tmp_path, caplog):
     assert "Expected types for vae" not in caplog.text
     assert type(loaded.flux) is FluxKontextPipeline
     assert type(loaded.flux.vae) is SpaceToDepthVAE
-    options = {"steps": 1, "max_area": 64, "_auto_resize": False, "output": "pt"}
+    options = {"steps": 1, "output": "pt"}
     loaded.flux.set_progress_bar_config(disable=True)
     source = torch.rand(1, 3, 8, 8)
     out = loaded.decode(make_embedding(1), image=source, **options)
@@ -151,6 +152,63 @@ def test_saving_over(pipe, saved, copy, tmp_path, monkeypatch):
         pipe.save_pretrained(copy)
     SemanticPipeline.from_pretrained(copy)
     assert {p.name for p in tmp_path.iterdir()} == {"copy"}  # no leavings
+
+
+def test_saving_over_keeps_files_of_the_user(pipe, copy):
+    (copy / "README.md").write_text("mine")
+    (copy / "notes").mkdir()
+    (copy / "notes" / "a.txt").write_text("too")
+    pipe.save_pretrained(copy)
+    assert (copy / "README.md").read_text() == "mine"
+    assert (copy / "notes" / "a.txt").read_text() == "too"
+    assert "README" not in (copy / MANIFEST).read_text()
+    SemanticPipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("failing", ["new", "old", "README.md"])
+def test_a_failed_swap_leaves_the_old_model(pipe, copy, tmp_path, monkeypatch, failing):
+    """A rename fails, of the new folder, of the old one, or of a file that is carried over."""
+    (copy / "README.md").write_text("mine")
+    before = {p.relative_to(copy) for p in copy.rglob("*")}
+    rename = Path.rename
+
+    def flaky(self, target):
+        if failing in (self.name, Path(target).name):
+            raise OSError("I/O error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", flaky)
+        with pytest.raises(OSError, match="I/O error"):
+            pipe.save_pretrained(copy)
+    assert {p.relative_to(copy) for p in copy.rglob("*")} == before
+    SemanticPipeline.from_pretrained(copy)
+    assert {p.name for p in tmp_path.iterdir()} == {"copy"}  # no leavings
+
+
+def test_an_old_model_that_cannot_be_put_back_is_kept(pipe, copy, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def flaky(self, target):
+        if self.name in ("new", "old"):
+            raise OSError("I/O error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", flaky)
+        with pytest.raises(OSError, match="I/O error"):
+            pipe.save_pretrained(copy)
+    (old,) = tmp_path.glob(".copy.*/old")
+    SemanticPipeline.from_pretrained(old)
+
+
+@pytest.mark.parametrize("path", [".", ".."])
+def test_the_working_directory_is_not_replaced(pipe, tmp_path, monkeypatch, path):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / ("" if path == "." else "below"))
+    (tmp_path / "here" / SETTINGS).write_text("{}")
+    with pytest.raises(ValueError, match="path must not be the working directory"):
+        pipe.save_pretrained(path)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -220,6 +278,40 @@ def test_broken_folders(copy, breakage):
         file.write_bytes(data)
     with pytest.raises(error, match=message):
         SemanticPipeline.from_pretrained(copy)
+
+
+def test_dtype_by_either_name(saved):
+    loaded = SemanticPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
+    assert loaded.flux.transformer.dtype == loaded.flux.vae.dtype == torch.bfloat16
+    assert loaded.adapter.dtype == loaded.adapter.encoder.dino.dtype == torch.bfloat16
+    for name in ("dtype", "torch_dtype"):
+        with pytest.raises(ValueError, match=r"dtype must be a torch\.dtype, got 'bfloat16'"):
+            SemanticPipeline.from_pretrained(saved, **{name: "bfloat16"})
+
+
+@pytest.mark.parametrize("part", ["path", "adapter", "clip", "dino"])
+def test_options_of_the_hub_that_reach_flux_alone(saved, part):
+    arguments = {"path": saved, part: "some-one/model"}
+    with pytest.raises(
+        ValueError, match=rf"revision, token must come .*'some-one/model' as {part}"
+    ):
+        SemanticPipeline.from_pretrained(**arguments, revision="v2", token="t")
+
+
+@pytest.mark.parametrize("part", ["path", "adapter", "clip"])
+def test_local_files_only_reaches_every_part(saved, monkeypatch, part):
+    asked = []
+
+    def absent(name, **options):
+        asked.append(options["local_files_only"])
+        raise OSError
+
+    monkeypatch.setattr(weights, "snapshot_download", absent)
+    with pytest.raises(OSError, match=f"{part} must be a folder or a hub id"):
+        SemanticPipeline.from_pretrained(
+            **{"path": saved, part: "some-one/model"}, local_files_only=True
+        )
+    assert asked == [True]
 
 
 def test_wrong_arguments_to_from_pretrained(saved, tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -296,9 +298,34 @@ def test_refuses(change, message):
         ops.rope3d_attention(**bad)
 
 
+@pytest.mark.parametrize("absent", [0, 1])
+def test_reference_refuses_places_of_one_side_alike(absent):
+    (q, k, v), _, coords = draw()
+    coords = [None if side == absent else c for side, c in enumerate(coords)]
+    messages = []
+    for attention in (ops.rope3d_attention, reference.rope3d_attention):
+        with pytest.raises(ValueError, match="must be given together") as error:
+            attention(q, k, v, *coords)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
 def test_one_message_lists_every_reason():
     (q, k, v), _, (q_coords, k_coords) = draw()
     with pytest.raises(ValueError, match="rope3d_attention: ") as error:
         ops.rope3d_attention(q, k, v, q_coords[1:], k_coords.half(), axes=(1, 2, 3), theta=-1.0)
     for words in ("q_coords must", "k_coords must", "axes must", "theta must"):
         assert words in str(error.value)
+
+
+def test_operators_need_neither_triton_nor_diffusers_nor_transformers():
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'diffusers', 'transformers'): sys.modules[name] = None\n"
+        "import torch, sda_fast.ops as ops\n"
+        "from sda_fast.hierarchy import Hierarchy\n"
+        "q = torch.ones(1, 5, 1, 16)\n"
+        "assert ops.hierarchical_attention(q, q, q, Hierarchy((1,)), 2, 2).eq(1).all()\n"
+        "assert ops.rope3d_attention(q, q, q, None, None).eq(1).all()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

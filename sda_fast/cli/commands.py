@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from sda_fast.cli.targets import prepare, result_files
 from sda_fast.cli.terminal import (
     load_adapter,
     load_pipeline,
@@ -95,7 +96,7 @@ def _reconstruct(
     Without --height and --width a picture keeps its aspect ratio.
     """
     images = _open_all(pictures)
-    targets = _targets(out, pictures, ".rebuilt.png")
+    targets = result_files(out, pictures, ".rebuilt.png")
     with progress_on(stderr_console()) as progress:
         pipe = load_pipeline(model, progress)
         for picture, image, target in zip(pictures, images, targets, strict=True):
@@ -109,7 +110,7 @@ def _reconstruct(
 def _encode(pictures: Pictures, model: Model = "scenes", out: Out = Path("out")) -> None:
     """Write the embedding of each picture: OUT/NAME.safetensors."""
     images = _open_all(pictures)
-    targets = _targets(out, pictures, ".safetensors")
+    targets = result_files(out, pictures, ".safetensors")
     with progress_on(stderr_console()) as progress:
         adapter = load_adapter(model, progress)
         task = progress.add_task("encoding", total=len(images))
@@ -136,7 +137,7 @@ def _decode(
 
     emb = SemanticEmbedding.load(embedding)
     names = [embedding] * len(emb)
-    targets = _targets(out, names, ".decoded.png")
+    targets = result_files(out, names, ".decoded.png")
     with progress_on(stderr_console()) as progress:
         pipe = load_pipeline(model, progress)
         sampling = _sampling(pipe, progress, f"decoding {embedding.name}", steps, guidance, rule)
@@ -169,7 +170,7 @@ def _interpolate(
     title = f"{a.stem}-to-{b.stem}"
     targets = [out / f"{title}.{i}.png" for i in range(frames)]
     strip = out / f"{title}.strip.png"
-    _prepare([*targets, strip], [a, b])
+    prepare(out, [*targets, strip], [a, b])
     with progress_on(stderr_console()) as progress:
         pipe = load_pipeline(model, progress)
         sampling = _sampling(pipe, progress, f"drawing {frames} frames", steps, guidance, rule)
@@ -268,26 +269,6 @@ def _open_end(path: Path) -> "Image.Image | SemanticEmbedding":
     from sda_fast.embedding import SemanticEmbedding
 
     return SemanticEmbedding.load(path)
-
-
-def _targets(out: Path, inputs: Sequence[Path], suffix: str) -> list[Path]:
-    """One result file for each input, numbered where names are the same; see ``_prepare``."""
-    targets: list[Path] = []
-    for path in inputs:
-        target, number = out / f"{path.stem}{suffix}", 2
-        while target in targets:
-            target, number = out / f"{path.stem}-{number}{suffix}", number + 1
-        targets.append(target)
-    _prepare(targets, inputs)
-    return targets
-
-
-def _prepare(targets: Sequence[Path], inputs: Sequence[Path]) -> None:
-    """Make the folder of the results, after seeing that no result would replace an input."""
-    for target in targets:
-        if any(target.exists() and target.samefile(path) for path in inputs):
-            raise ValueError(f"--out must not lead to the input {target}: it would be overwritten")
-    targets[0].parent.mkdir(parents=True, exist_ok=True)
 
 
 def _sampling(

@@ -24,6 +24,7 @@ from sda_fast.cli.sheets import (
     level_legend,
     save_png,
 )
+from sda_fast.cli.targets import check_folder
 from sda_fast.cli.terminal import load_pipeline, progress_on, stderr_console, steps_shown, working
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.files import write_whole
@@ -75,8 +76,7 @@ def run_demo(
         OSError: out cannot be written.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"out must be a folder, got the file {out}")
+    check_folder(out)
     own = _open_own(pictures)
     console, clock = stderr_console(), _Clock()
     with progress_on(console) as progress:

@@ -64,6 +64,12 @@ def _adapter(folder: Path) -> dict[str, Any]:
             f"FILE must be of a SemanticAdapter, got the config of {config.get('_class_name')!r} "
             f"in {folder}"
         )
+    missing = [name for name in ("tokens_per_node", *ADAPTER_FIELDS) if name not in config]
+    if missing:
+        raise ValueError(
+            f"FILE must be of a SemanticAdapter, got a config without {', '.join(missing)} "
+            f"in {folder}"
+        )
     parameters, size, dtypes = 0, 0, set()
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
@@ -82,7 +88,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
     return {
         "kind": "adapter",
         "folder": str(folder),
-        **_tree(Hierarchy(tuple(config["tokens_per_node"]))),
+        **_tree(Hierarchy(config["tokens_per_node"])),
         **{name: config[name] for name in ADAPTER_FIELDS},
         "pooled_channels": config.get("pooled_features"),
         "parameters": parameters,

@@ -24,8 +24,9 @@ def examine(model: str = "scenes") -> dict[str, Any]:
     Returns:
         What can be written as JSON: ``platform``; ``versions`` {package: version or None};
         ``gpus``, a list of {name, capability, memory_gib}; ``attention`` {"cpu" or "cuda":
-        {path, why, works}}, path None where nothing runs; ``model`` {name, ok, detail}; and
-        ``problems``, one sentence each, empty if all is well.
+        {path, why, works}}, path None where nothing runs; ``model`` {name, ok, detail}, ok None
+        for a hub id, which is not looked at; and ``problems``, one sentence each, empty if all is
+        well.
     """
     versions = {name: _version(name) for name in PACKAGES}
     problems = _version_problems(versions)
@@ -34,7 +35,7 @@ def examine(model: str = "scenes") -> dict[str, Any]:
     if not attention["cpu"]["works"]:
         problems.append(f"attention on the CPU fails: {attention['cpu']['why']}")
     about_model = _examine_model(model)
-    if not about_model["ok"]:
+    if about_model["ok"] is False:
         problems.append(f"model {model}: {about_model['detail']}")
     return {
         "platform": f"Python {platform.python_version()} on {platform.platform()}",
@@ -156,9 +157,9 @@ def _examine_model(model: str) -> dict[str, Any]:
     """Compare the model's files with its manifest; nothing is downloaded for it."""
     from sda_fast.pipeline_folder import MANIFEST, SHIPPED, find_root, read_settings
 
-    about = {"name": model, "ok": False}
-    if model != SHIPPED and not Path(model).is_dir():
-        return {**about, "detail": "no such folder here; a hub id is checked when it is loaded"}
+    about: dict[str, Any] = {"name": model, "ok": False}
+    if model != SHIPPED and not Path(model).exists() and _is_hub_id(model):
+        return {**about, "ok": None, "detail": "no folder here; a hub id is checked when loaded"}
     try:
         root = find_root(model)
         read_settings(root)
@@ -169,6 +170,18 @@ def _examine_model(model: str) -> dict[str, Any]:
     if not (root / MANIFEST).is_file():
         return {**about, "ok": True, "detail": f"{size}; it has no {MANIFEST} to compare with"}
     return {**about, "ok": True, "detail": f"whole: as {MANIFEST} says, {size}"}
+
+
+def _is_hub_id(model: str) -> bool:
+    """Whether the model would be looked for on the hub, as ``owner/name``."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return model.count("/") == 1
 
 
 def _interpreter_is_on() -> bool:

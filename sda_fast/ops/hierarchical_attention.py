@@ -164,7 +164,8 @@ def _bias(
     mask = tree.attention_mask(h, w, rule, extra_text, isolate_level, grid)
     if mask.all():
         return None
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    bias = torch.zeros(mask.shape, dtype=dtype, device="cpu")
+    return bias.masked_fill_(~mask, float("-inf"))
 
 
 def _layout_faults(tree: Hierarchy, h: int, w: int, rule: str, extra_text: int) -> list[str]:
@@ -193,8 +194,8 @@ def _option_faults(
 ) -> list[str]:
     faults = []
     levels = tree.num_levels if isinstance(tree, Hierarchy) else 0
-    known = _is_count(isolate_level, 0) and isolate_level in range(levels)
-    if levels and isolate_level is not None and not known:
+    known = isolate_level is None or (_is_count(isolate_level, 0) and isolate_level < levels)
+    if levels and not known:
         faults.append(
             f"isolate_level must be one of the tree's levels 0 to {levels - 1}, "
             f"got {isolate_level!r}"

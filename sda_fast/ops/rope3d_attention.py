@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sda_fast.ops.cpu_attention import attention_backward, attention_forward, compute_dtype
 from sda_fast.ops.inputs import cast_for_autocast, qkv_faults, refuse, require_kernel
-from sda_fast.reference.rope3d_attention import default_axes, rope3d
+from sda_fast.reference.rope3d_attention import UNPAIRED, default_axes, rope3d
 
 
 @overload
@@ -151,7 +151,7 @@ def _coords_faults(
     q: Tensor, k: Tensor, q_coords: Tensor | None, k_coords: Tensor | None
 ) -> list[str]:
     if (q_coords is None) != (k_coords is None):
-        return ["q_coords and k_coords must be given together, or both be None"]
+        return [UNPAIRED]
     faults = []
     for name, coords, t in (("q_coords", q_coords, q), ("k_coords", k_coords, k)):
         if coords is None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sda_fast.reference.dense_attention import dense_attention
 
+UNPAIRED = "q_coords and k_coords must be given together, or both be None"
+
 
 def rope3d(x: Tensor, coords: Tensor, axes: Sequence[int], theta: float = 1e4) -> Tensor:
     """Rotary embedding over several axes, interleaved pairs, as FLUX applies it.
@@ -62,7 +64,12 @@ def rope3d_attention(
     """Rotated attention; see sda_fast.ops.rope3d_attention for arguments and results.
 
     Any device and any float dtype; float64 inputs give the yardstick. Here lse has a gradient.
+
+    Raises:
+        ValueError: one of q_coords and k_coords is None and the other is not.
     """
+    if (q_coords is None) != (k_coords is None):
+        raise ValueError(f"rope3d_attention: {UNPAIRED}")
     if q_coords is not None and k_coords is not None:
         axes = default_axes(q.shape[-1]) if axes is None else axes
         q, k = rope3d(q, q_coords, axes, theta), rope3d(k, k_coords, axes, theta)

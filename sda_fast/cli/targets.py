@@ -1,0 +1,42 @@
+"""Where the results of a command go: files of one folder, never an input."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def result_files(out: Path, inputs: Sequence[Path], suffix: str) -> list[Path]:
+    """One result file for each input, numbered where names are the same; see ``prepare``."""
+    targets: list[Path] = []
+    for path in inputs:
+        target, number = out / f"{path.stem}{suffix}", 2
+        while target in targets:
+            target, number = out / f"{path.stem}-{number}{suffix}", number + 1
+        targets.append(target)
+    prepare(out, targets, inputs)
+    return targets
+
+
+def prepare(out: Path, targets: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """Make the folder of the results, after seeing that no result would replace an input.
+
+    Raises:
+        NotADirectoryError: see ``check_folder``.
+        ValueError: a result would replace an input.
+    """
+    check_folder(out)
+    for target in targets:
+        if any(target.exists() and target.samefile(path) for path in inputs):
+            raise ValueError(f"--out must not lead to the input {target}: it would be overwritten")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def check_folder(out: Path) -> None:
+    """See that ``--out`` is a folder or can become one; nothing is made.
+
+    Raises:
+        NotADirectoryError: it, or a part of its path, is something else.
+    """
+    for path in (out, *out.parents):
+        if os.path.lexists(path) and not path.is_dir():
+            raise NotADirectoryError(f"--out must be a folder, got {out}, but {path} is none")
