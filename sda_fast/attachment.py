@@ -224,10 +224,8 @@ class _GridHook(ModelHook):
     def refuse_second(self, module: torch.nn.Module) -> None:
         """Say why a transformer that carries this hook cannot be attached."""
         self.check_owner(module)
-        raise ValueError(
-            f"transformer is attached already, to {self.tree} by {self.rule!r}: "
-            "detach() that handle first"
-        )
+        about = f"to {self.tree} by {self.rule!r}: detach() that handle first"
+        raise ValueError(f"transformer is attached already, {about}")
 
     def check_owner(self, module: torch.nn.Module) -> None:
         """Refuse a copy, whose forward would run the weights of the transformer it came from."""

@@ -234,6 +234,7 @@ class SemanticPipeline:
         """
         check_int("steps", steps, 2)
         one_of("method", method, ("slerp", "lerp"))
+        nodes = None if nodes is None else tuple(nodes)  # each frame reads it
         ends = [e if isinstance(e, SemanticEmbedding) else self.encode(e) for e in (a, b)]
         for name, end in zip("ab", ends, strict=True):
             if len(end) != 1:

@@ -15,9 +15,11 @@ class _Certain:
         self.latents = latents
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Return the latents."""
         return self.latents
 
     def mode(self) -> Tensor:
+        """Return the latents."""
         return self.latents
 
 
