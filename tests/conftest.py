@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run in Triton's interpreter; this must be set before triton loads."""
+"""Without a GPU the kernels are built for Triton's interpreter, which must be on as they load."""
 
 import os
 
@@ -7,6 +7,13 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests import interpreter
+
+    interpreter.install()
+    from csrc_triton import joint_attention, joint_attention_backward  # noqa: F401
+
+    # from here on the switch is off, so that models run at full speed, but for the fixture below
+    del os.environ["TRITON_INTERPRET"]
 
 # pytest -n starts a process a core; more threads than that only wait for each other
 torch.set_num_threads(1)
@@ -16,6 +23,13 @@ torch.set_num_threads(1)
 def device() -> torch.device:
     """The GPU where there is one; for what runs on both."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators run the kernels: on the GPU, or on the CPU through Triton's interpreter."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,3 @@
-from typing import NamedTuple
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,53 +8,10 @@ from torch.utils.checkpoint import checkpoint
 from sda_fast import ops, reference
 from sda_fast.hierarchy import RULES, Hierarchy
 from sda_fast.ops.hierarchical_attention import _bias
+from sda_fast.ops.joint_lists import Layout
 
-from .numerics import DTYPES, LOGITS, assert_attention, draw_qkv, run_attention
-
-
-class Case(NamedTuple):
-    batch: int
-    heads: int
-    head_dim: int
-    tokens_per_node: tuple[int, ...]
-    h: int
-    w: int
-    options: dict
-
-    @property
-    def tree(self) -> Hierarchy:
-        return Hierarchy(self.tokens_per_node)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        rows, cols = self.options.get("source") or (0, 0)
-        length = self.tree.num_tokens + self.options.get("extra_text", 0)
-        return self.batch, length + self.h * self.w + rows * cols, self.heads, self.head_dim
-
-    def bind(self, op):
-        """`op` as f(q, k, v) -> (out, lse)."""
-        options = dict(self.options, return_lse=True)
-        return lambda q, k, v: op(q, k, v, self.tree, self.h, self.w, **options)
-
-
-CASES = {
-    "two-patches": Case(1, 1, 16, (3,), 2, 1, {"rule": "overlap"}),
-    "ragged": Case(2, 3, 16, (3, 2, 1), 5, 7, {"rule": "overlap"}),
-    "empty-level": Case(2, 2, 32, (4, 0, 1), 6, 5, {"rule": "local"}),
-    "isolated": Case(1, 2, 16, (2, 1, 1), 7, 3, {"rule": "isolated"}),
-    "extra-text-and-source": Case(
-        2, 1, 32, (2, 1), 4, 5,
-        {"rule": "isolated", "extra_text": 3, "source": (3, 2), "isolate_level": 1},
-    ),
-    "nodes-smaller-than-patches": Case(1, 2, 16, (0, 0, 1, 1), 3, 2, {"rule": "local"}),
-    "wide-heads": Case(1, 2, 64, (8, 2), 9, 11, {"rule": "overlap"}),
-}  # fmt: skip
-SMALL = CASES["isolated"]
-
-
-def draw(case: Case, logits: float | str = 1.0, dtype: torch.dtype = torch.float32):
-    qkv = draw_qkv(case.shape, case.shape, logits, dtype)
-    return qkv, torch.randn(case.shape).to(dtype)
+from .attention_cases import CASES, SMALL, Case, draw, sliced
+from .numerics import DTYPES, LOGITS, assert_attention, run_attention
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,12 +26,6 @@ def test_is_as_good_as_the_reference(case, logits, dtype):
         qkv,
         d_out,
     )
-
-
-def sliced(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """As FLUX's fused projections give it: one slice of a wider buffer, no dimension dense."""
-    batch, length, heads, head_dim = shape
-    return torch.randn(batch, length + 1, 3, heads, head_dim + 8, dtype=dtype)[:, 1:, 1, :, :-8]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -248,9 +197,9 @@ def test_opcheck(case):
     case = CASES[case]
     options = case.options
     layout = (
-        list(case.tokens_per_node), case.h, case.w, options["rule"], 0.25,
+        list(case.tokens_per_node), case.h, case.w, options["rule"],
         options.get("extra_text", 0), options.get("isolate_level", 0),
-        list(options.get("source", ())),
+        list(options.get("source", ())), 0.25, "auto", True,
     )  # fmt: skip
     (q, k, v), d_out = draw(case, dtype=torch.bfloat16)
     inputs = [t.requires_grad_() for t in (sliced(case.shape, torch.bfloat16), k, v)]
@@ -328,15 +277,30 @@ def test_the_mask_is_kept_and_their_number_is_bounded():
         SMALL.bind(ops.hierarchical_attention)(q, k, v)
     assert (_bias.cache_info().misses, _bias.cache_info().hits) == (1, 2)
     for w in range(1, 30):
-        _bias((1, 1), 1, w, "overlap", 0, 1, (), torch.float32)
+        _bias(Layout((1, 1), 1, w, "overlap", 0, 1, ()), torch.float32)
     assert _bias.cache_info().currsize <= 4
 
 
-def test_a_cuda_tensor_is_refused_until_there_is_a_kernel():
+def test_a_fake_cuda_tensor_only_infers():
     with FakeTensorMode():
         q, k, v = (torch.empty(SMALL.shape, device="cuda") for _ in range(3))
-        with pytest.raises(NotImplementedError, match=r"hierarchical_attention: CUDA kernel not"):
-            ops.hierarchical_attention(q, k, v, SMALL.tree, SMALL.h, SMALL.w)
+        out, lse = SMALL.bind(ops.hierarchical_attention)(q, k, v)
+    assert (out.shape, out.device.type, lse.device.type) == (SMALL.shape, "cuda", "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_out_is_written_in_place_between_the_columns_of_a_wider_buffer(dtype):
+    case = CASES["extra-text-and-source"]
+    (q, k, v), _ = draw(case, dtype=dtype)
+    expected, lse = case.bind(ops.hierarchical_attention)(q, k, v)
+    batch, length, heads, head_dim = case.shape
+    buffer = torch.full((batch, length, heads * head_dim + 8), 7.0, dtype=dtype)
+    out = buffer[..., 8:].unflatten(-1, (heads, head_dim))
+    got, got_lse = case.bind(ops.hierarchical_attention, out=out)(q, k, v)
+    assert got is out
+    assert torch.equal(out, expected)
+    assert torch.equal(got_lse, lse)
+    assert (buffer[..., :8] == 7).all()
 
 
 BAD = [
@@ -367,6 +331,19 @@ BAD = [
     ({"isolate_level": lambda _: True}, "isolate_level must be .* got True"),
     ({"source": lambda _: (3, 0)}, r"source must be \(rows, columns\), .* got \(3, 0\)"),
     ({"source": lambda _: 4}, r"source must be \(rows, columns\), .* got 4"),
+    ({"scale": lambda _: 0.0}, r"scale must be a positive finite number, got 0\.0"),
+    ({"scale": lambda _: float("inf")}, "scale must be a positive finite number, got inf"),
+    ({"implementation": lambda _: "fast"}, "implementation must be one of auto, .* got 'fast'"),
+    ({"implementation": lambda _: "fused"}, "q must be on a CUDA device for the kernels, got cpu"),
+    ({"out": lambda _: torch.zeros(1, 2)}, r"out must be like q .* got \(\(1, 2\)"),
+    (
+        {"out": lambda _: torch.zeros(1).expand(SMALL.shape)},
+        "out must have a last stride of 1 and no stride of 0",
+    ),
+    (
+        {"q": lambda t: t.requires_grad_(), "out": lambda _: torch.zeros(SMALL.shape)},
+        "out has no backward",
+    ),
 ]
 
 

@@ -1,5 +1,7 @@
 """What every attention operator asks of q, k and v before it starts."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,44 @@ def refuse(op: str, faults: list[str]) -> None:
     """
     if faults:
         raise ValueError(f"{op}: " + "; ".join(faults))
+
+
+def kernel_faults(q: Tensor, head_dims: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[str]:
+    """Every reason why Triton kernels cannot take tensors like q; empty if there is none.
+
+    Args:
+        q: [B, S, H, D]; its device, dtype and D count.
+        head_dims: the D that the kernels are built for.
+        dtypes: the dtypes that they are built for.
+    """
+    faults = []
+    if q.shape[-1] not in head_dims:
+        known = ", ".join(map(str, head_dims))
+        faults.append(f"q must have D in {known} for the kernels, got {q.shape[-1]}")
+    if q.dtype not in dtypes:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        faults.append(f"q must be {known} for the kernels, got {q.dtype}")
+    if q.device.type == "cpu" and not interpreted():
+        faults.append(
+            "q must be on a CUDA device for the kernels, got cpu; Triton's own switch "
+            "TRITON_INTERPRET=1 runs them on the CPU, slowly"
+        )
+    # a traced or fake tensor may be on a device that is not here; the op asks again when it runs
+    if q.device.type == "cuda" and torch.cuda.is_available() and not torch.compiler.is_compiling():
+        capability = torch.cuda.get_device_capability(q.device)
+        if capability < (8, 0):
+            found = ".".join(map(str, capability))
+            faults.append(f"q must be on a GPU of compute capability 8.0 or newer, got {found}")
+    return faults
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on (TRITON_INTERPRET, as Triton reads it)."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)
 
 
 def require_kernel(op: str, device: torch.device) -> None:

@@ -1,0 +1,161 @@
+"""Which implementation and which tile runs: a frozen table, each entry with its measurement.
+
+Nothing is tuned while a program runs: the first step of a training run and the first picture of a
+server cost what every other one costs, and all ranks choose alike. ``python -m bench tune`` sweeps
+tiles and prints entries; the compile gate checks every tile that stands here.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+IMPLEMENTATIONS = ("fused", "split")
+"""Of joint attention; every pass has both."""
+
+KERNELS = ("forward", "dq", "dkdv")
+"""Of joint attention, in the order in which a training step runs them."""
+
+HEAD_DIMS = (16, 32, 64, 128)
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (*HALF, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Launch parameters of one kernel.
+
+    Attributes:
+        block_m: queries of a tile.
+        block_n: keys of a tile.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline over the inner loop.
+        block_masked: keys (of dkdv: queries) taken at once where the mask is applied; it divides
+            block_n (of dkdv: block_m).
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    block_masked: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What the choice may depend on: never the values, so that equal shapes always run alike.
+
+    Attributes:
+        dtype: of q, k and v.
+        head_dim: D.
+        num_txt: txt tokens.
+        num_img: img tokens, those of a source picture included.
+        batch_heads: B * H.
+    """
+
+    dtype: torch.dtype
+    head_dim: int
+    num_txt: int
+    num_img: int
+    batch_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One choice and where it holds; of several that hold, the first counts.
+
+    Attributes:
+        kernel: one of KERNELS.
+        tile: what to launch it with.
+        chosen_by: the measurement, or what stood in for one.
+        implementation: one of IMPLEMENTATIONS, or None for each.
+        dtypes: where it holds.
+        head_dims: where it holds.
+        min_img: holds from this many img tokens on.
+        min_batch_heads: holds from this B * H on.
+    """
+
+    kernel: str
+    tile: Tile
+    chosen_by: str
+    implementation: str | None = None
+    dtypes: tuple[torch.dtype, ...] = HALF
+    head_dims: tuple[int, ...] = HEAD_DIMS
+    min_img: int = 0
+    min_batch_heads: int = 0
+
+    def holds(self, kernel: str, implementation: str, problem: Problem) -> bool:
+        """Whether this entry speaks of the kernel, the implementation and the problem."""
+        return (
+            self.kernel == kernel
+            and self.implementation in (None, implementation)
+            and problem.dtype in self.dtypes
+            and problem.head_dim in self.head_dims
+            and problem.num_img >= self.min_img
+            and problem.batch_heads >= self.min_batch_heads
+        )
+
+
+GATE = "not timed yet; the widest tile that the compile gate passes for sm_90a without a spill"
+SMALL = "not timed yet; the debug path: the widest tile that does not spill without tensor cores"
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry("forward", Tile(128, 128, 8, 2), GATE),
+    Entry("dq", Tile(128, 64, 8, 2), GATE),
+    Entry("dkdv", Tile(32, 128, 8, 3, 32), GATE),
+    Entry("forward", Tile(32, 16, 8, 1, 16), SMALL, dtypes=(torch.float32,)),
+    Entry("dq", Tile(16, 16, 8, 1, 16), SMALL, dtypes=(torch.float32,)),
+    Entry("dkdv", Tile(16, 32, 8, 1, 16), SMALL, dtypes=(torch.float32,)),
+)
+"""Tiles of joint attention."""
+
+PREFERRED = {
+    "forward": ("fused", "not timed yet; exact on every device and with every rule"),
+    "backward": ("fused", "not timed yet; deterministic without a global switch"),
+}
+"""The implementation that "auto" takes in each pass, and the measurement behind it."""
+
+_forced: dict[str, Tile] = {}
+
+
+def choose_implementation(direction: str, problem: Problem) -> str:
+    """The implementation that "auto" takes for a pass, "forward" or "backward"."""
+    del problem  # until a measurement tells where the other one wins
+    return PREFERRED[direction][0]
+
+
+def choose_tile(kernel: str, implementation: str, problem: Problem) -> Tile:
+    """The tile of a kernel.
+
+    Raises:
+        ValueError: no entry holds, so that the problem has no kernel.
+    """
+    if kernel in _forced:
+        return _forced[kernel]
+    for entry in ENTRIES:
+        if entry.holds(kernel, implementation, problem):
+            return entry.tile
+    raise ValueError(f"kernel {kernel!r} of {implementation!r} has no tile for {problem}")
+
+
+@contextmanager
+def forced(**tiles: Tile) -> Iterator[None]:
+    """While open, the named kernels run with these tiles, in the whole process: for tuning.
+
+    Args:
+        tiles: a Tile for each of some of KERNELS, by name.
+
+    Raises:
+        ValueError: a name is no kernel.
+    """
+    unknown = sorted(set(tiles) - set(KERNELS))
+    if unknown:
+        raise ValueError(f"tiles must be named after {', '.join(KERNELS)}, got {unknown}")
+    before = dict(_forced)
+    _forced.update(tiles)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
