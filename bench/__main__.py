@@ -6,8 +6,9 @@ from importlib import import_module
 import typer
 
 SUITES = {
+    "attention": "joint attention under the hierarchy: time and memory against its competitors",
     "quality": "how well the shipped model rebuilds unseen scenes",
-    "report": "write the README's tables from bench/results",
+    "report": "write the README's tables and pictures from bench/results",
 }
 """Modules of bench that have a ``main``; a suite is imported when it runs."""
 
@@ -17,7 +18,7 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in SUITES:
         print("usage: python -m bench SUITE [--help]\n")
         for name, what in SUITES.items():
-            print(f"  {name:8} {what}")
+            print(f"  {name:9} {what}")
         sys.exit(0 if arguments in (["--help"], ["-h"]) else 2)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(import_module(f"bench.{arguments[0]}").main)

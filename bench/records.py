@@ -5,9 +5,13 @@ They are only ever appended to; a reader takes the latest record of a variant.
 
 import json
 import subprocess
-from importlib.metadata import version
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import sda_fast
 
 Record = dict[str, Any]
 
@@ -44,9 +48,26 @@ def append_record(path: Path, record: Record) -> None:
         file.write(f"{line}\n")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on, by the name of the distribution."""
-    return {name: version(name) for name in ("torch", "diffusers", "transformers", "sda-fast")}
+DEPENDS_ON = ("torch", "diffusers", "transformers")
+
+
+def versions(names: Iterable[str] = DEPENDS_ON) -> dict[str, str]:
+    """Versions of what a result depends on, by the name of the distribution.
+
+    What is not installed is left out; this project may be on the path alone.
+    """
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found | {"sda-fast": sda_fast.__version__}
+
+
+def run_id() -> str:
+    """The time, UTC: the same in every record of one call of a suite."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def commit() -> str:

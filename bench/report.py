@@ -1,13 +1,16 @@
-"""The tables of the README, made from the records in bench/results alone: ``bench report``."""
+"""README tables and pictures, made from the records in bench/results alone: ``bench report``."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bench.attention_plots import Picture, attention_pictures
+from bench.attention_report import attention_tables
 from bench.records import Record, read_records
+from bench.tables import table
 from sda_fast.files import write_whole
 
 VARIANTS = {
@@ -104,7 +107,7 @@ def _measurements(latest: dict[str, Record]) -> str:
         for variant, label in VARIANTS.items()
         if variant in latest
     ]
-    return _table(["", "scenes", *METRICS.values()], rows)
+    return table(["", "scenes", *METRICS.values()], rows)
 
 
 def _value(metric: dict[str, float] | None, name: str) -> str:
@@ -126,7 +129,7 @@ def _aims(latest: dict[str, Record]) -> str:
         verdict = "not measured" if found is None else "met" if found >= aim.least else "missed"
         measured = "–" if found is None else f"{found:.3f}"
         rows.append([aim.text, f"≥ {aim.least:.2f}", measured, verdict])
-    return _table(["aim of the reconstruction", "wanted", "measured", ""], rows)
+    return table(["aim of the reconstruction", "wanted", "measured", ""], rows)
 
 
 def _mean(latest: dict[str, Record], variant: str, metric: str) -> float | None:
@@ -146,18 +149,27 @@ def _circumstances(latest: dict[str, Record]) -> str:
     )
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown that is aligned as text, too."""
-    widths = [max(3, *map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        f"| {' | '.join(c.ljust(w) for c, w in zip(cells, widths, strict=True))} |"
-        for cells in lines
-    )
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A generated part of the README, and the pictures in docs/ beside it.
+
+    Attributes:
+        tables: its markdown, from the records.
+        pictures: what there is to draw of them.
+        required: the README must have it, and there must be results; else it is written where the
+            markers are, from no records if there are no results.
+    """
+
+    tables: Callable[[Sequence[Record]], str]
+    pictures: Callable[[Sequence[Record]], list[Picture]] = lambda records: []
+    required: bool = True
 
 
-SECTIONS: dict[str, Callable[[Iterable[Record]], str]] = {"quality": quality_tables}
-"""Generated sections of the README by the name of their markers and their results file."""
+SECTIONS = {
+    "quality": Section(quality_tables),
+    "attention": Section(attention_tables, attention_pictures, required=False),
+}
+"""By the name of their markers and their results file."""
 
 
 def replace_section(text: str, name: str, body: str) -> str:
@@ -181,17 +193,30 @@ def main(
     ),
     check: Annotated[bool, typer.Option(help="Write nothing; exit 1 if it is stale.")] = False,
 ) -> None:
-    """Write the README's generated tables anew from the records."""
+    """Write the README's generated tables and pictures anew from the records."""
+    pictures: list[Picture] = []
     try:
         old = new = readme.read_text(encoding="utf-8")
-        for name, tables in SECTIONS.items():
-            new = replace_section(new, name, tables(read_records(results / f"{name}.jsonl")))
+        for name, section in SECTIONS.items():
+            if not section.required and f"generated:{name} " not in old:
+                continue
+            file = results / f"{name}.jsonl"
+            records = read_records(file) if section.required or file.exists() else []
+            drawn = section.pictures(records)
+            pictures += drawn
+            shown = [f"![{picture.title}](docs/{picture.name})" for picture in drawn]
+            new = replace_section(new, name, "\n\n".join([section.tables(records), *shown]))
     except (OSError, ValueError) as error:
         print(f"bench report: {error}")
         raise typer.Exit(2) from error
-    if check and new != old:
-        print(f"bench report: {readme} is stale: run `python -m bench report`")
+    docs = readme.parent / "docs"
+    stale = [str(docs / p.name) for p in pictures if not p.is_current(docs)]
+    stale += [str(readme)] if new != old else []
+    if check and stale:
+        print(f"bench report: {', '.join(stale)} is stale: run `python -m bench report`")
         raise typer.Exit(1)
     if not check:
+        for picture in pictures:
+            picture.write(docs)
         write_whole(readme, new)
     print(f"{readme} is up to date")

@@ -137,13 +137,13 @@ def _joint_attention_kernel(
             v_rows += BLOCK_N * stride_vs
             acc, row_max, row_sum = _fold_dense(acc, row_max, row_sum, q, k, v, scale_log2)
 
-    empty = row_sum == 0.0
-    out = acc / tl.where(empty, 1.0, row_sum)[:, None]
-    out_rows = rows_ptr(
-        out_ptr + b * stride_ob + h * stride_oh, start, rows, stride_os, HEAD_DIM
-    )  # fmt: skip
+    # a row that has seen nothing: out 0, and lse is its maximum, -inf
+    total = tl.where(row_sum == 0.0, 1.0, row_sum)
+    out_ptr += b * stride_ob + h * stride_oh
+    out_rows = rows_ptr(out_ptr, start, rows, stride_os, HEAD_DIM)
+    out = acc / total[:, None]
     tl.store(out_rows, out.to(out_ptr.dtype.element_ty), mask=in_rows[:, None])
-    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
+    lse = (row_max + tl.log2(total)) * LN_2
     lse_ptr += (b * num_heads + h) * length + start
     tl.store(lse_ptr + rows, lse, mask=in_rows)
 

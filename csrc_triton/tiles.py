@@ -102,9 +102,9 @@ SMALL = "not timed yet; the debug path: the widest tile that does not spill with
 
 ENTRIES: tuple[Entry, ...] = (
     Entry("forward", Tile(128, 128, 8, 2), GATE),
-    Entry("dq", Tile(128, 64, 8, 2), GATE),
+    Entry("dq", Tile(128, 64, 8, 2, 32), GATE),
     Entry("dkdv", Tile(32, 128, 8, 3, 32), GATE),
-    Entry("forward", Tile(32, 16, 8, 1, 16), SMALL, dtypes=(torch.float32,)),
+    Entry("forward", Tile(16, 16, 8, 1, 16), SMALL, dtypes=(torch.float32,)),
     Entry("dq", Tile(16, 16, 8, 1, 16), SMALL, dtypes=(torch.float32,)),
     Entry("dkdv", Tile(16, 32, 8, 1, 16), SMALL, dtypes=(torch.float32,)),
 )

@@ -1,6 +1,7 @@
 """Without a GPU the kernels are built for Triton's interpreter, which must be on as they load."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,6 +31,17 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators run the kernels: on the GPU, or on the CPU through Triton's interpreter."""
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiles of ``joint_tiles`` by name, "middle" unless given; a GPU keeps those of the table."""
+    from csrc_triton.tiles import forced
+    from tests.joint_tiles import TILES
+
+    name = "table" if torch.cuda.is_available() else getattr(request, "param", "middle")
+    with forced(**TILES[name]):
+        yield
 
 
 @pytest.fixture(autouse=True)

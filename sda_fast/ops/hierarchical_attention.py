@@ -222,7 +222,7 @@ def _backward(
     )  # fmt: skip
     if _takes_kernels(q, implementation, rule):
         return joint_kernels.backward(
-            d_out, (q, k, v), out, lse, layout, scale, implementation, deterministic
+            d_out, (q, k, v), (out, lse), layout, scale, implementation, deterministic
         )
     bias = _bias(layout, compute_dtype(q))
     dq, dk, dv = attention_backward(d_out, (q, k, v), out, lse, bias, scale)

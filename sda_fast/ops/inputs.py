@@ -77,13 +77,15 @@ def kernel_faults(q: Tensor, head_dims: Sequence[int], dtypes: Sequence[torch.dt
     if q.dtype not in dtypes:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         faults.append(f"q must be {known} for the kernels, got {q.dtype}")
+    if torch.compiler.is_compiling():
+        return faults  # the op asks again when it runs: what is here then counts
     if q.device.type == "cpu" and not interpreted():
         faults.append(
             "q must be on a CUDA device for the kernels, got cpu; Triton's own switch "
             "TRITON_INTERPRET=1 runs them on the CPU, slowly"
         )
-    # a traced or fake tensor may be on a device that is not here; the op asks again when it runs
-    if q.device.type == "cuda" and torch.cuda.is_available() and not torch.compiler.is_compiling():
+    # a fake tensor may be on a device that is not here
+    if q.device.type == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(q.device)
         if capability < (8, 0):
             found = ".".join(map(str, capability))

@@ -41,8 +41,7 @@ def forward(qkv: QKV, out: Tensor, layout: Layout, scale: float, implementation:
 def backward(
     d_out: Tensor,
     qkv: QKV,
-    out: Tensor,
-    lse: Tensor,
+    results: tuple[Tensor, Tensor],
     layout: Layout,
     scale: float,
     implementation: str,
@@ -53,10 +52,9 @@ def backward(
     Args:
         d_out: [B, S, H, D], any strides.
         qkv: of the forward pass.
-        out: likewise.
-        lse: likewise.
-        layout: likewise.
-        scale: likewise.
+        results: its out and lse.
+        layout: of the sequence.
+        scale: positive.
         implementation: "auto", "fused" or "split"; the forward pass may have had another.
         deterministic: bitwise the same at every call; False lets "split" take a faster vendor
             kernel that is not.
@@ -66,7 +64,7 @@ def backward(
         launch_joint_attention_dq,
     )
 
-    q, k, v = qkv
+    (q, k, v), (out, lse) = qkv, results
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
     implementation = _resolve(implementation, "backward", q, layout)

@@ -1,0 +1,209 @@
+"""The gate's own process: ``python -m bench.gate_worker`` prints what it compiled, as JSON."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from bench.gate import Built
+from csrc_triton.joint_attention import launch_joint_attention
+from csrc_triton.joint_attention_backward import (
+    launch_joint_attention_dkdv,
+    launch_joint_attention_dq,
+)
+from csrc_triton.tiles import (
+    DTYPES,
+    HEAD_DIMS,
+    IMPLEMENTATIONS,
+    KERNELS,
+    Problem,
+    Tile,
+    choose_tile,
+)
+from sda_fast.hierarchy import Hierarchy
+from sda_fast.ops.joint_lists import Layout, key_lists, query_lists
+
+SHARED_LIMIT = 232_448
+"""Bytes of shared memory that a program may ask for on sm_90; the compiler does not refuse more."""
+META = torch.device("meta")
+BATCH, HEADS = 1, 24
+TREE = Hierarchy((32, 8, 4))
+# (rows, columns, rule): nothing masked but txt, a ragged end, masked image blocks too
+LAYOUTS = ((64, 64, "overlap"), (45, 80, "overlap"), (45, 80, "local"))
+
+
+class Target:
+    """A driver that answers what the compiler asks, for a Hopper GPU that is not there."""
+
+    def get_current_target(self) -> GPUTarget:
+        """sm_90, which Triton compiles as sm_90a."""
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        """The only one."""
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        """None is needed: nothing is launched."""
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        """Nothing to do."""
+
+    def get_active_torch_device(self) -> torch.device:
+        """Where tensors have no memory."""
+        return META
+
+
+def main() -> None:
+    """Compile each kernel of each implementation for each dtype and D, and print it all."""
+    triton.runtime.driver.set_active(Target())
+    triton.knobs.nvidia.dump_ptxas_log = True
+    built: dict[str, Built] = {}
+    for dtype, head_dim, implementation, layout in _cases():
+        for kernel in KERNELS:
+            found = _build(kernel, implementation, layout, dtype, head_dim)
+            built[found.kernel] = found
+    answer = {"triton": triton.__version__, "built": [asdict(one) for one in built.values()]}
+    print(json.dumps(answer))
+
+
+def _cases() -> Iterator[tuple[torch.dtype, int, str, Layout]]:
+    """FLUX's D = 128 with everything, every other D and dtype with the fullest kernels."""
+    for implementation in IMPLEMENTATIONS:
+        for layout in LAYOUTS:
+            yield torch.bfloat16, 128, implementation, _layout(*layout)
+    ragged = _layout(*LAYOUTS[1])
+    for head_dim in HEAD_DIMS[:-1]:
+        yield torch.bfloat16, head_dim, "fused", ragged
+    for dtype in DTYPES[1:]:
+        yield dtype, 128, "fused", ragged
+
+
+def _layout(h: int, w: int, rule: str) -> Layout:
+    return Layout(TREE.tokens_per_node, h, w, rule, 0, TREE.num_levels - 1, ())
+
+
+def _build(
+    kernel: str, implementation: str, layout: Layout, dtype: torch.dtype, head_dim: int
+) -> Built:
+    """Launch one kernel as the operator would, as far as the assembler."""
+    split = implementation == "split"
+    problem = Problem(dtype, head_dim, layout.num_txt, layout.num_img, BATCH * HEADS)
+    tile = choose_tile(kernel, implementation, problem)
+    lists = (key_lists if kernel == "dkdv" else query_lists)(layout, tile, split, META)
+    q = torch.empty(BATCH, layout.length, HEADS, head_dim, dtype=dtype, device=META)
+    lse = torch.empty(BATCH, HEADS, layout.length, device=META)
+    first, num_txt = layout.dense_from or 0, layout.num_txt
+    if kernel == "forward":
+        partial = (q[:, first:], lse[..., first:], first) if split else None
+        launch = lambda: launch_joint_attention(q, q, q, q, 0.1, lists, tile, partial)
+    elif kernel == "dq":
+        partial = (q[:, first:], first) if split else None
+        launch = lambda: launch_joint_attention_dq(
+            q, (q, q, q), q, lse, 0.1, lists, tile, partial
+        )  # fmt: skip
+    else:
+        partial = (q[:, num_txt:], q[:, num_txt:], num_txt) if split else None
+        launch = lambda: launch_joint_attention_dkdv(
+            q, (q, q, q), lse, lse, 0.1, lists, tile, partial
+        )  # fmt: skip
+    compiled, log = _compile(launch)
+    parts = [name for name in ("blocks", "dense") if getattr(lists, f"has_{name}")]
+    name = (
+        f"{kernel} {implementation} D{head_dim} {str(dtype)[6:]} {_words(tile)} {' '.join(parts)}"
+    )
+    return _examine(name.strip(), compiled, log, tensor_cores=dtype != torch.float32)
+
+
+def _words(tile: Tile) -> str:
+    sizes = f"{tile.block_m}x{tile.block_n}/{tile.block_masked}"
+    return f"{sizes} w{tile.num_warps} s{tile.num_stages}"
+
+
+def _compile(launch: Callable[[], object]) -> tuple[Any, str]:
+    """The compiled kernel of a launch, and what ptxas said."""
+    found: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        found.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return found[-1]
+
+    JITFunction.run = compile_only
+    try:
+        with _standard_output() as log:
+            launch()
+            sys.stdout.flush()
+            log.seek(0)
+            text = log.read()
+    finally:
+        JITFunction.run = run
+    [compiled] = found
+    return compiled, text
+
+
+@contextmanager
+def _standard_output() -> Iterator[Any]:
+    """A file that takes what is written to descriptor 1, where Triton prints the log of ptxas."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with tempfile.TemporaryFile("w+") as file:
+        os.dup2(file.fileno(), 1)
+        try:
+            yield file
+        finally:
+            sys.stdout.flush()
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+def _examine(name: str, compiled: Any, log: str, tensor_cores: bool) -> Built:
+    """Read resources and instructions, and list what breaks a promise."""
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    ptx = compiled.asm["ptx"]
+    count = lambda *names: sum(len(re.findall(rf"\b{name}\b", code)) for name in names)
+    [registers] = re.findall(r"REG:(\d+)", usage)
+    spills, hgmma, hmma = count("STL", "LDL"), count("HGMMA"), count("HMMA")
+    shared = compiled.metadata.shared
+    atomics = len(re.findall(r"^\s+(?:@\S+ )?(?:atom|red)\.", ptx, re.M))
+    faults = {
+        "not compiled for sm_90a": not re.search(r"\.target sm_90a", ptx),
+        "no HGMMA": tensor_cores and not hgmma,
+        f"{hmma} HMMA": hmma,
+        f"{spills} spills": spills,
+        f"{shared} bytes of shared memory, the limit is {SHARED_LIMIT}": shared > SHARED_LIMIT,
+        f"{atomics} atomics": atomics,
+        "tf32 that nobody asked for": ".tf32" in ptx,
+        f"ptxas: {''.join(re.findall(r'C75[0-9]+', log))}": re.search(r"\(C75\d+\)", log),
+    }
+    broken = [fault for fault, holds in faults.items() if holds]
+    lines = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M))
+    return Built(name, int(registers), spills, shared, hgmma, hmma, lines, broken)
+
+
+def _output(*command: object) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

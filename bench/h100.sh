@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: is the code right at real sizes, then the suites, all within one limit.
+#
+#   bench/h100.sh SUITE...              e.g. bench/h100.sh attention "attention --cases flux-768-*"
+#
+# A suite is a name of `python -m bench` that takes --out FOLDER and --limit-s, with options of its
+# own if it is quoted. Each gets an equal share of the time that is left when it starts; what was
+# measured by then stays. Exits with the first status that was not 0.
+#
+#   OUT      folder of the records and logs      (bench/results; logs go to out/h100 then)
+#   LIMIT_S  seconds for everything              (540)
+#   PYTHON   the interpreter                     (python3)
+#   COMMIT   of the code, where git cannot tell  (none)
+set -u
+cd "$(dirname "$0")/.." || exit 1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+out=${OUT:-bench/results}
+logs=${OUT:-out/h100}
+limit=${LIMIT_S:-540}
+status=0
+
+if [ $# -eq 0 ]; then
+  echo "usage: [OUT=FOLDER] [LIMIT_S=540] bench/h100.sh SUITE..." >&2
+  exit 2
+fi
+mkdir -p "$out" "$logs" || exit 1
+
+# run NAME SECONDS COMMAND...: log it, interrupt it when its seconds are over, remember a failure
+run() {
+  local name=$1 seconds=$2 code
+  shift 2
+  echo "== $name, $seconds s: $*"
+  timeout --signal=INT --kill-after=15 "$seconds" "$@" 2>&1 | tee -a "$logs/$name.log"
+  code=${PIPESTATUS[0]}
+  if [ "$code" -ne 0 ]; then
+    echo "== $name ended with $code"
+    [ "$status" -ne 0 ] || status=$code
+  fi
+}
+
+run gpu-tests $((limit * 2 / 5)) "$python" -m pytest tests -m gpu -q -p no:cacheprovider \
+  --continue-on-collection-errors
+
+suites_left=$#
+for suite in "$@"; do
+  read -ra words <<<"$suite"
+  seconds=$(((limit - SECONDS) / suites_left))
+  suites_left=$((suites_left - 1))
+  if [ "$seconds" -lt 60 ]; then
+    echo "== ${words[0]} was not run: $seconds s are left for it"
+    [ "$status" -ne 0 ] || status=124
+    continue
+  fi
+  # it stops by itself earlier than it would be stopped: imports are not counted by it
+  options=(--out "$out" --limit-s $((seconds - 25)))
+  [ -z "${COMMIT:-}" ] || options+=(--commit "$COMMIT")
+  run "${words[0]}" "$seconds" "$python" -m bench "${words[@]}" "${options[@]}"
+done
+
+echo "== $SECONDS s; in $out:"
+ls -l "$out"
+exit "$status"

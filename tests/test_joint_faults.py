@@ -1,0 +1,214 @@
+"""Faults planted in the kernels of joint attention, and the sanitizer over the kernels as they are.
+
+A test of the tests: each fault must be noticed by one of the checks that the kernels pass.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import csrc_triton
+from csrc_triton import joint_attention, joint_attention_backward
+from csrc_triton.tiles import Tile, forced
+from sda_fast import ops, reference
+from sda_fast.ops import joint_lists
+
+from .attention_cases import Case, draw, sliced
+from .interpreter.sanitizer import sanitized
+from .numerics import assert_attention, run_attention
+
+pytestmark = [
+    pytest.mark.usefixtures("kernels"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="faults are planted in the interpreter"),
+]
+
+SOURCES = Path(csrc_triton.__file__).parent
+KERNELS = ("primitives", "joint_attention", "joint_attention_backward")
+LAUNCHERS = {
+    joint_attention: ("launch_joint_attention",),
+    joint_attention_backward: ("launch_joint_attention_dq", "launch_joint_attention_dkdv"),
+}
+TILES = {
+    "forward": Tile(32, 16, 4, 2, 16), "dq": Tile(32, 16, 4, 2, 16), "dkdv": Tile(16, 32, 4, 2, 16),
+}  # fmt: skip
+
+# name: (file, the right words, the wrong ones); words that stand in several places change in all
+FAULTS = {
+    "accumulator not rescaled": ("joint_attention", "acc * decay[:, None]", "acc"),
+    "sum not rescaled": ("joint_attention", "row_sum * decay", "row_sum"),
+    "no finite pivot": (
+        "joint_attention", 'tl.where(new_max == float("-inf"), 0.0, new_max)', "new_max",
+    ),
+    "finite sentinel": (
+        "joint_attention", 'tl.where(visible, scores, float("-inf"))',
+        "tl.where(visible, scores, -100.0)",
+    ),
+    "lse in base 2": ("joint_attention", "tl.log2(total)) * LN_2", "tl.log2(total))"),
+    "partial lse taken as base 2": ("joint_attention", "p_lse * LOG2_E_DEVICE", "p_lse"),
+    "partial result left out": ("joint_attention", "acc += tl.load(p_rows", "tl.load(p_rows"),
+    "head stride taken for the batch": (
+        "joint_attention", "b * stride_qb + h", "b * stride_qh + h",
+    ),
+    "rows past the end are stored": (
+        "joint_attention", "out.to(out_ptr.dtype.element_ty), mask=in_rows[:, None]",
+        "out.to(out_ptr.dtype.element_ty)",
+    ),
+    "keys past the end are read": (
+        "primitives", "tl.load(v_rows, mask=in_range[:, None], other=0.0)", "tl.load(v_rows)",
+    ),
+    "keys past the end are seen": (
+        "primitives", "mask=in_range, other=0)", "mask=in_range, other=-1)",
+    ),
+    "columns of nodes forgotten": (
+        "primitives", "return rows & ((a[1][:, None] & b[1][None, :]) != 0)", "return rows",
+    ),
+    "source picture in the rows of the image": (
+        "primitives", "num_txt + row + tl.where(of_source, tl.load(shape_ptr + 2), 0)",
+        "num_txt + row",
+    ),
+    "delta left out": ("joint_attention_backward", "dp - delta[None, :]", "dp"),
+    "dq not scaled": ("joint_attention_backward", "dq *= scale\n", "dq *= 1.0\n"),
+    "mask left out of dk and dv": (
+        "joint_attention_backward", "visible, scale_log2, MASKED=True\n",
+        "visible, scale_log2, MASKED=False\n",
+    ),
+    "queries past the end reach dk and dv": (
+        "joint_attention_backward", "tl.where(m < num_txt, num_txt, length) - m", "length - m",
+    ),
+    "queries show image keys what they show txt keys": (
+        "joint_attention_backward", "tl.where(start < num_txt, TO_TXT, TO_IMG)",
+        "tl.where(start < num_txt, TO_TXT, TO_TXT)",
+    ),
+    "strides of the output gradient ignored": (
+        "joint_attention_backward", "for t in (q, k, v, d_out, dk, p_dk)",
+        "for t in (q, k, v, dk, dk, p_dk)",
+    ),
+    "partial gradients left out": (
+        "joint_attention_backward", "dk += tl.load(pk_rows", "tl.load(pk_rows",
+    ),
+}  # fmt: skip
+
+OVERLAP = Case(2, 2, 16, (3, 2, 1), 5, 7, {"rule": "overlap"})
+ISOLATED = Case(
+    1, 2, 16, (3, 2, 1), 5, 7, {"rule": "isolated", "isolate_level": 1, "source": (3, 4)}
+)
+# the lower rows see none of the txt keys that are gathered first
+LOCAL = Case(1, 1, 16, (0, 0, 2), 5, 7, {"rule": "local", "extra_text": 2})
+
+
+def check(case: Case, implementation: str, logits: float | str) -> None:
+    """Both passes by the yardstick, with a strided dO, and no stray access."""
+    qkv, _ = draw(case, logits)
+    d_out = sliced(case.shape, torch.float32)
+    op = case.bind(ops.hierarchical_attention, implementation=implementation)
+    with sanitized() as report:
+        assert_attention(op, case.bind(reference.hierarchical_attention), qkv, d_out)
+    report.assert_clean()
+
+
+CHECKS = [
+    (OVERLAP, "fused", 1.0),
+    (ISOLATED, "fused", "near-200"),
+    (OVERLAP, "split", 1.0),
+    (LOCAL, "fused", 5.0),
+    (LOCAL, "split", 5.0),
+]
+
+
+def load(name: str, text: str, folder: Path):
+    """A module of csrc_triton from another text, in the place of the right one."""
+    path = folder / f"{name}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(f"csrc_triton.{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def spoil(monkeypatch, tmp_path):
+    """Put a wrong word into one kernel file; everything goes through the spoilt kernels then."""
+
+    def apply(file: str, right: str, wrong: str) -> None:
+        for name in KERNELS:
+            monkeypatch.setitem(sys.modules, f"csrc_triton.{name}", None)
+        for name in KERNELS:
+            text = (SOURCES / f"{name}.py").read_text()
+            if name == file:
+                assert right in text, f"{file} does not hold {right!r}"
+                text = text.replace(right, wrong)
+            spoilt = load(name, text, tmp_path)
+            for module, launchers in LAUNCHERS.items():
+                if module.__name__ == f"csrc_triton.{name}":
+                    for launcher in launchers:
+                        monkeypatch.setattr(module, launcher, getattr(spoilt, launcher))
+
+    return apply
+
+
+def noticed() -> bool:
+    for case, implementation, logits in CHECKS:
+        torch.manual_seed(0)
+        try:
+            with forced(**TILES):
+                check(case, implementation, logits)
+        except AssertionError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_a_kernel_is_noticed(fault, spoil):
+    spoil(*FAULTS[fault])
+    assert noticed()
+
+
+def test_the_kernels_as_they_are_pass_the_same_checks(spoil):
+    """Through the same loading of files, so that it is the fault that is noticed."""
+    spoil("primitives", "other=0.0", "other=0.0")
+    assert not noticed()
+
+
+@pytest.mark.parametrize("lists", ["_query_lists", "_key_lists"])
+def test_lists_that_lose_a_block_are_noticed(lists, monkeypatch):
+    """Of the backward alone: then they are no longer the transpose of the forward's."""
+    right = joint_lists._masked_and_dense
+    build = getattr(joint_lists, lists)
+    build.cache_clear()
+
+    def lossy(*args):
+        blocks, dense = right(*args)
+        return blocks[:-1], dense
+
+    def built(*key):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(joint_lists, "_masked_and_dense", lossy)
+            return build(*key)
+
+    monkeypatch.setattr(joint_lists, lists, built)
+    assert noticed()
+    build.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [
+        (OVERLAP, "fused"),
+        (ISOLATED, "fused"),
+        (LOCAL, "fused"),
+        (OVERLAP, "split"),
+        (LOCAL, "split"),
+    ],
+)
+def test_no_stray_access_no_race_and_no_atomic(case, implementation, dtype):
+    qkv, d_out = draw(case, dtype=dtype)
+    op = case.bind(ops.hierarchical_attention, implementation=implementation)
+    with forced(**TILES), sanitized(seed=1) as report:
+        run_attention(op, qkv, d_out)
+    report.assert_clean()
+    assert report.launches == 3
