@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+OLDEST := 3.6.0
+TRITON := .venv/triton-$(OLDEST)
 
-.PHONY: demo test check format setup clean
+.PHONY: demo test check gate format setup clean
 
 demo: $(READY)
 	@$(BIN)/sda-fast demo --out out/demo
@@ -16,6 +18,14 @@ check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyrefly check --summary=none
 	@$(BIN)/lint-imports
+
+# every tile for sm_90a, on the oldest Triton and on the installed one; needs no GPU
+gate: $(READY) $(TRITON)
+	@$(BIN)/python -m bench gate --oldest $(TRITON)
+
+$(TRITON): $(READY)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@.tmp triton==$(OLDEST)
+	@rm -rf $@ && mv $@.tmp $@
 
 format: $(READY)
 	@$(BIN)/ruff check --fix .

@@ -55,11 +55,8 @@ def main(
     oldest: Annotated[
         Path | None, typer.Option(help=f"A folder with Triton {OLDEST}, for that version too.")
     ] = None,
-    check: Annotated[
-        bool, typer.Option(help="Write nothing; exit 1 if the table differs.")
-    ] = False,
 ) -> None:
-    """Compile all tiles, print the broken promises, and write the table anew."""
+    """Compile all tiles and print the broken promises; a stale table is one, and is mended."""
     folders = [None] if oldest is None else [None, oldest]
     with ThreadPoolExecutor(len(folders)) as pool:
         tables = dict(pool.map(_build_all, folders))
@@ -71,11 +68,10 @@ def main(
     ]
     print("\n".join(faults) or f"{sum(map(len, tables.values()))} kernels keep their promises")
     text = _page(tables)
-    stale = check and (not TABLE.is_file() or TABLE.read_text(encoding="utf-8") != text)
+    stale = not TABLE.is_file() or TABLE.read_text(encoding="utf-8") != text
     if stale:
-        print(f"bench gate: {TABLE.name} is not what was just compiled: run `make gate`")
-    if not check:
         write_whole(TABLE, text)
+        print(f"{TABLE.name} was stale and is written anew: look at the difference and commit it")
     if faults or stale:
         raise typer.Exit(1)
 
@@ -108,7 +104,7 @@ def _page(tables: dict[str, list[Built]]) -> str:
     ]
     rows.sort(key=lambda row: (row[0], row[1]))
     about = (
-        "What ptxas makes of every tile for sm_90a; written by `make gate`, which also fails on a "
+        "What ptxas makes of every tile for sm_90a; written by `make gate`, which fails on a "
         "spill, a missing HGMMA, an HMMA, too much shared memory, a serialised wgmma, tf32 or an "
         "atomic."
     )

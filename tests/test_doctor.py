@@ -49,11 +49,25 @@ def test_it_says_which_attention_runs_and_why(model, monkeypatch):
     assert attention["cpu"]["path"] == "reference through SDPA"
     assert attention["cpu"]["works"]
     assert "TRITON_INTERPRET" not in attention["cpu"]["why"]
-    assert attention["cuda"]["path"] is None
-    assert "kernel not built yet" in attention["cuda"]["why"]
+    assert attention["cuda"]["path"] == "Triton"
+    assert attention["cuda"]["works"] == torch.cuda.is_available()
 
-    monkeypatch.setattr(doctor, "_interpreter_is_on", lambda: True)
-    assert "TRITON_INTERPRET" in doctor.examine(str(model))["attention"]["cpu"]["why"]
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without")
+def test_it_says_that_the_interpreter_runs_the_kernels(model, kernels):
+    about = doctor.examine(str(model))["attention"]["cpu"]
+    assert about["path"] == "Triton's interpreter"
+    assert "TRITON_INTERPRET" in about["why"]
+    assert about["works"]
+
+
+def test_attention_that_fails_on_a_gpu_is_a_problem(model, monkeypatch):
+    gpu = {"name": "old", "capability": "7.5", "memory_gib": 8.0}
+    monkeypatch.setattr(doctor, "_gpus", lambda: [gpu])
+    refused = {"path": None, "why": "capability 8.0 or newer, got 7.5", "works": False}
+    monkeypatch.setattr(doctor, "_cuda_attention", lambda gpus: refused)
+    [problem] = doctor.examine(str(model))["problems"]
+    assert "attention on the GPU fails: capability 8.0 or newer, got 7.5" in problem
 
 
 def test_attention_that_computes_something_else_is_a_problem(model, monkeypatch):

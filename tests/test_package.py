@@ -72,7 +72,7 @@ def test_ci_runs_what_the_readme_says_and_nothing_else():
         for line in (ROOT / ".ci/run").read_text().splitlines()
         if line and not line.startswith(("#", "set ", "cd "))
     ]
-    assert commands == ["make check", "make test"]
+    assert commands == ["make check", "make test", "make gate"]
 
 
 def test_a_second_set_up_does_nothing():

@@ -6,6 +6,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from bench.__main__ import SUITES
+from bench.report import SECTIONS
 from sda_fast.cli import app
 from train.recipes import CHAINS, RECIPES
 
@@ -28,6 +29,11 @@ def test_the_first_program_runs_as_it_stands(tmp_path, monkeypatch):
     assert names["picture"].size == (32, 32)
     assert len(names["between"]) == 5
     assert names["stock"].images[0].size == (32, 32)
+
+
+def test_every_generated_section_has_its_place():
+    for name in SECTIONS:
+        assert README.count(f"<!-- generated:{name} -->") == 1
 
 
 def test_every_command_it_names_is_there():

@@ -34,6 +34,8 @@ def examine(model: str = "scenes") -> dict[str, Any]:
     attention = {"cpu": _cpu_attention(versions), "cuda": _cuda_attention(gpus)}
     if not attention["cpu"]["works"]:
         problems.append(f"attention on the CPU fails: {attention['cpu']['why']}")
+    if gpus and not attention["cuda"]["works"]:
+        problems.append(f"attention on the GPU fails: {attention['cuda']['why']}")
     about_model = _examine_model(model)
     if about_model["ok"] is False:
         problems.append(f"model {model}: {about_model['detail']}")
@@ -118,39 +120,39 @@ def _gpus() -> list[dict[str, Any]]:
 
 def _cpu_attention(versions: dict[str, str | None]) -> dict[str, Any]:
     """Run the operator once, small, next to its reference."""
+    path = "reference through SDPA"
+    why = "CPU tensors go to torch's scaled_dot_product_attention with the rule's mask"
+    if versions["triton"] and _interpreter_is_on():
+        path = "Triton's interpreter"
+        why = "TRITON_INTERPRET=1 is set: the kernels run on the CPU, slowly"
+    return _try_attention("cpu", path, why)
+
+
+def _cuda_attention(gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    """Run the operator once on the GPU, if there is one."""
+    path, why = "Triton", "CUDA tensors run the Triton kernels"
+    if not gpus:
+        return {"path": path, "why": f"{why}; no GPU here to try them on", "works": False}
+    return _try_attention("cuda", path, why)
+
+
+def _try_attention(device: str, path: str, why: str) -> dict[str, Any]:
     import torch
 
     from sda_fast import ops, reference
     from sda_fast.hierarchy import Hierarchy
 
-    why = "CPU tensors go to torch's scaled_dot_product_attention with the rule's mask"
-    if versions["triton"] and _interpreter_is_on():
-        why += "; TRITON_INTERPRET=1 is set, but there is no kernel to interpret yet"
     tree = Hierarchy((2, 1))
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, tree.num_tokens + 9, 2, 16, generator=generator)
+    q, k, v = torch.randn(3, 1, tree.num_tokens + 9, 2, 16, generator=generator).to(device)
     try:
         found = ops.hierarchical_attention(q, k, v, tree, 3, 3)
-        expected: Any = reference.hierarchical_attention(q, k, v, tree, 3, 3)
-        error = float((found - expected).abs().max())
+        expected: Any = reference.hierarchical_attention(q.cpu(), k.cpu(), v.cpu(), tree, 3, 3)
+        error = float((found.cpu() - expected).abs().max())
     except (RuntimeError, ValueError) as failure:
         return {"path": None, "why": str(failure), "works": False}
-    works = error < 1e-4
     why += f"; tried here, {error:.1e} from the plain formula"
-    return {"path": "reference through SDPA", "why": why, "works": works}
-
-
-def _cuda_attention(gpus: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ask the operator what it would do with CUDA tensors."""
-    import torch
-
-    from sda_fast.ops.inputs import require_kernel
-
-    try:
-        require_kernel("hierarchical_attention", torch.device("cuda"))
-    except NotImplementedError as refusal:
-        return {"path": None, "why": str(refusal), "works": False}
-    return {"path": "Triton", "why": "CUDA tensors run the Triton kernel", "works": bool(gpus)}
+    return {"path": path, "why": why, "works": error < 1e-4}
 
 
 def _examine_model(model: str) -> dict[str, Any]:
