@@ -45,6 +45,15 @@ def test_equals_the_dense_mask(transformer, rule, h, w, extra, source):
         assert_as_dense(transformer, inputs, want)
 
 
+@pytest.mark.parametrize("rule", RULES)
+@torch.no_grad()
+def test_the_kernels_equal_the_dense_mask_too(transformer, rule, kernels, tiles):
+    inputs = make_inputs(5, 3, 2, (2, 3))
+    want = dense(transformer, inputs, 5, 3, rule, 2, source=(2, 3))
+    with attach(transformer, TREE, rule):
+        assert_as_dense(transformer, inputs, want)
+
+
 def test_the_package_offers_the_function(transformer):
     assert sda_fast.attach is attach
     sda_fast.attach(transformer, TREE, rule="local").detach()

@@ -11,7 +11,13 @@ from csrc_triton.tiles import DTYPES, HEAD_DIMS, IMPLEMENTATIONS
 from sda_fast.hierarchy import RULES, Hierarchy
 from sda_fast.ops import joint_kernels
 from sda_fast.ops.cpu_attention import attention_backward, attention_forward, compute_dtype
-from sda_fast.ops.inputs import cast_for_autocast, kernel_faults, qkv_faults, refuse
+from sda_fast.ops.inputs import (
+    cast_for_autocast,
+    kernel_faults,
+    on_device_of,
+    qkv_faults,
+    refuse,
+)
 from sda_fast.ops.joint_kernels import split_faults
 from sda_fast.ops.joint_lists import Layout
 
@@ -172,8 +178,9 @@ def _forward(
         tuple(tokens_per_node), h, w, rule, extra_text, isolate_level, tuple(source)
     )  # fmt: skip
     if _takes_kernels(q, implementation, rule):
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        return out, joint_kernels.forward((q, k, v), out, layout, scale, implementation)
+        with on_device_of(q):
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            return out, joint_kernels.forward((q, k, v), out, layout, scale, implementation)
     out, lse = attention_forward(q, k, v, _bias(layout, compute_dtype(q)), scale)
     return out.to(q.dtype), lse
 
@@ -194,7 +201,8 @@ def _forward_out(
         tuple(tokens_per_node), h, w, rule, extra_text, isolate_level, tuple(source)
     )  # fmt: skip
     if _takes_kernels(q, implementation, rule):
-        return joint_kernels.forward((q, k, v), out, layout, scale, implementation)
+        with on_device_of(q):
+            return joint_kernels.forward((q, k, v), out, layout, scale, implementation)
     found, lse = attention_forward(q, k, v, _bias(layout, compute_dtype(q)), scale)
     out.copy_(found)
     return lse
@@ -221,9 +229,10 @@ def _backward(
         tuple(tokens_per_node), h, w, rule, extra_text, isolate_level, tuple(source)
     )  # fmt: skip
     if _takes_kernels(q, implementation, rule):
-        return joint_kernels.backward(
-            d_out, (q, k, v), (out, lse), layout, scale, implementation, deterministic
-        )
+        with on_device_of(q):
+            return joint_kernels.backward(
+                d_out, (q, k, v), (out, lse), layout, scale, implementation, deterministic
+            )
     bias = _bias(layout, compute_dtype(q))
     dq, dk, dv = attention_backward(d_out, (q, k, v), out, lse, bias, scale)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

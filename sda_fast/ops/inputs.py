@@ -1,6 +1,7 @@
 """What every attention operator asks of q, k and v before it starts."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -91,6 +92,11 @@ def kernel_faults(q: Tensor, head_dims: Sequence[int], dtypes: Sequence[torch.dt
             found = ".".join(map(str, capability))
             faults.append(f"q must be on a GPU of compute capability 8.0 or newer, got {found}")
     return faults
+
+
+def on_device_of(q: Tensor) -> AbstractContextManager[object]:
+    """While open, kernels are launched on q's GPU, whichever is the current one."""
+    return torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext()
 
 
 def interpreted() -> bool:
