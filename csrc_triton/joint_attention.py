@@ -133,8 +133,8 @@ def _joint_attention_kernel(
         for _ in range(n, tl.load(tile_ptr + 7), BLOCK_N):
             k = tl.load(k_rows)
             v = tl.load(v_rows)
-            k_rows += BLOCK_N * stride_ks
-            v_rows += BLOCK_N * stride_vs
+            k_rows += tl.cast(stride_ks, tl.int64) * BLOCK_N
+            v_rows += tl.cast(stride_vs, tl.int64) * BLOCK_N
             acc, row_max, row_sum = _fold_dense(acc, row_max, row_sum, q, k, v, scale_log2)
 
     # a row that has seen nothing: out 0, and lse is its maximum, -inf

@@ -121,8 +121,8 @@ def _joint_attention_dq_kernel(
         for _ in range(n, tl.load(tile_ptr + 7), BLOCK_N):
             k, v = tl.load(k_rows), tl.load(v_rows)
             dq = _add_dq(dq, q, d_out, lse, delta, k, v, None, scale_log2, MASKED=False)
-            k_rows += BLOCK_N * stride_ks
-            v_rows += BLOCK_N * stride_vs
+            k_rows += tl.cast(stride_ks, tl.int64) * BLOCK_N
+            v_rows += tl.cast(stride_vs, tl.int64) * BLOCK_N
 
     dq *= scale
     if FROM_PARTIAL:
@@ -217,8 +217,8 @@ def _joint_attention_dkdv_kernel(
             lse = tl.load(lse_ptr + start_m + queries) * LOG2_E_DEVICE
             delta = tl.load(delta_ptr + start_m + queries)
             dk, dv = _add_dkdv(dk, dv, k, v, q, d_out, lse, delta, None, scale_log2, MASKED=False)
-            q_rows += BLOCK_M * stride_qs
-            g_rows += BLOCK_M * stride_gs
+            q_rows += tl.cast(stride_qs, tl.int64) * BLOCK_M
+            g_rows += tl.cast(stride_gs, tl.int64) * BLOCK_M
 
     dk *= scale
     if FROM_PARTIAL:

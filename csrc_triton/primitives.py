@@ -26,9 +26,11 @@ def tile_of_program(tiles_ptr, num_tiles, num_heads):
 
 @triton.jit
 def rows_ptr(ptr, start, rows, stride, HEAD_DIM: tl.constexpr):
-    """Pointers [rows, HEAD_DIM] to tokens start + rows; rows are few, start may be any int64."""
+    """Pointers [rows, HEAD_DIM] to tokens start + rows, in int64: strides may be of any size."""
     d = tl.arange(0, HEAD_DIM)
-    return ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + d[None, :]
+    return (
+        ptr + tl.cast(start, tl.int64) * stride + rows[:, None].to(tl.int64) * stride + d[None, :]
+    )
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """What holds of the kernels of joint attention bit for bit, and as operators of torch."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -91,6 +92,30 @@ def test_the_largest_finite_inputs_give_no_infinity(dtype, tiles, device):
     qkv, d_out = on(device, (q, k, v.sign() * 60000)), (d_out * 1e-4).to(device)
     got = run_attention(SMALL.bind(ops.hierarchical_attention, implementation="fused"), qkv, d_out)
     assert all(t.isfinite().all() for t in got)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "split"])
+def test_offsets_past_two_to_the_31_elements(implementation, tiles, device):
+    """Tokens 2**26 elements apart; no page between them is ever touched on the CPU."""
+    case = Case(1, 2, 16, (3, 1), 4, 9, {"rule": "overlap"})
+    _, length, _, head_dim = case.shape
+    apart = 2**26
+    # numpy's zeros are the system's own: a page is there once it is touched
+    base = torch.from_numpy(np.zeros(apart * length, np.int16)).view(torch.bfloat16).to(device)
+    assert base.numel() > 2**31
+    far = [
+        base.as_strided(case.shape, (1, apart, head_dim, 1), 4096 * i).copy_(
+            torch.randn(case.shape)
+        )
+        for i in range(5)
+    ]
+    q, k, v, d_out, out = far
+    op = case.bind(ops.hierarchical_attention, implementation=implementation)
+    expected = run_attention(op, [t.contiguous() for t in (q, k, v)], d_out.contiguous())
+    for a, b in zip(run_attention(op, (q, k, v), d_out), expected, strict=True):
+        assert torch.equal(a, b)
+    case.bind(ops.hierarchical_attention, implementation=implementation, out=out)(q, k, v)
+    assert torch.equal(out, expected.out)
 
 
 def hand_made(num_txt, num_img, tiles, entries, txt_key_rows, device, has_blocks, has_dense):
