@@ -7,8 +7,10 @@ import typer
 
 SUITES = {
     "attention": "joint attention under the hierarchy: time and memory against its competitors",
+    "gate": "every tile compiled for sm_90a, without a GPU: registers, spills, instructions",
     "quality": "how well the shipped model rebuilds unseen scenes",
     "report": "write the README's tables and pictures from bench/results",
+    "tune": "tiles of the kernels of joint attention: which is right and the fastest",
 }
 """Modules of bench that have a ``main``; a suite is imported when it runs."""
 

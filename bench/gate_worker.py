@@ -24,11 +24,15 @@ from csrc_triton.joint_attention_backward import (
     launch_joint_attention_dkdv,
     launch_joint_attention_dq,
 )
+from csrc_triton.rope3d import Rotation, padded_width
+from csrc_triton.rope3d_attention import launch_rope3d_attention
+from csrc_triton.rope3d_attention_backward import launch_rope3d_dkdv, launch_rope3d_dq
 from csrc_triton.tiles import (
     DTYPES,
     HEAD_DIMS,
     IMPLEMENTATIONS,
     KERNELS,
+    ROPE3D_KERNELS,
     Problem,
     Tile,
     choose_tile,
@@ -39,6 +43,7 @@ from sda_fast.ops.joint_lists import Layout, key_lists, query_lists
 SHARED_LIMIT = 232_448
 """Bytes of shared memory that a program may ask for on sm_90; the compiler does not refuse more."""
 META = torch.device("meta")
+Launch = Callable[[], object]
 BATCH, HEADS = 1, 24
 TREE = Hierarchy((32, 8, 4))
 # (rows, columns, rule): nothing masked but txt, a ragged end, masked image blocks too
@@ -69,38 +74,37 @@ class Target:
 
 
 def main() -> None:
-    """Compile each kernel of each implementation for each dtype and D, and print it all."""
+    """Compile each kernel for each dtype and D, and print it all."""
     triton.runtime.driver.set_active(Target())
     triton.knobs.nvidia.dump_ptxas_log = True
     built: dict[str, Built] = {}
-    for dtype, head_dim, implementation, layout in _cases():
-        for kernel in KERNELS:
-            found = _build(kernel, implementation, layout, dtype, head_dim)
-            built[found.kernel] = found
+    for words, launch, tensor_cores in (*_joint_attention(), *_rope3d_attention()):
+        for number, (compiled, log) in enumerate(_compile(launch)):
+            # a second kernel of one launcher merges what the first one left in parts
+            name, products = (f"merge after {words}", False) if number else (words, tensor_cores)
+            built[name] = _examine(name, compiled, log, products)
     answer = {"triton": triton.__version__, "built": [asdict(one) for one in built.values()]}
     print(json.dumps(answer))
 
 
-def _cases() -> Iterator[tuple[torch.dtype, int, str, Layout]]:
+def _joint_attention() -> Iterator[tuple[str, Launch, bool]]:
     """FLUX's D = 128 with everything, every other D and dtype with the fullest kernels."""
-    for implementation in IMPLEMENTATIONS:
-        for layout in LAYOUTS:
-            yield torch.bfloat16, 128, implementation, _layout(*layout)
-    ragged = _layout(*LAYOUTS[1])
-    for head_dim in HEAD_DIMS[:-1]:
-        yield torch.bfloat16, head_dim, "fused", ragged
-    for dtype in DTYPES[1:]:
-        yield dtype, 128, "fused", ragged
+    layouts = [
+        Layout(TREE.tokens_per_node, h, w, rule, 0, TREE.num_levels - 1, ())
+        for h, w, rule in LAYOUTS
+    ]
+    cases = [(torch.bfloat16, 128, how, layout) for how in IMPLEMENTATIONS for layout in layouts]
+    cases += [(torch.bfloat16, head_dim, "fused", layouts[1]) for head_dim in HEAD_DIMS[:-1]]
+    cases += [(dtype, 128, "fused", layouts[1]) for dtype in DTYPES[1:]]
+    for dtype, head_dim, implementation, layout in cases:
+        for kernel in KERNELS:
+            yield _joint_launch(kernel, implementation, layout, dtype, head_dim)
 
 
-def _layout(h: int, w: int, rule: str) -> Layout:
-    return Layout(TREE.tokens_per_node, h, w, rule, 0, TREE.num_levels - 1, ())
-
-
-def _build(
+def _joint_launch(
     kernel: str, implementation: str, layout: Layout, dtype: torch.dtype, head_dim: int
-) -> Built:
-    """Launch one kernel as the operator would, as far as the assembler."""
+) -> tuple[str, Launch, bool]:
+    """One kernel as the operator would launch it."""
     split = implementation == "split"
     problem = Problem(dtype, head_dim, layout.num_txt, layout.num_img, BATCH * HEADS)
     tile = choose_tile(kernel, implementation, problem)
@@ -121,12 +125,45 @@ def _build(
         launch = lambda: launch_joint_attention_dkdv(
             q, (q, q, q), lse, lse, 0.1, lists, tile, partial
         )  # fmt: skip
-    compiled, log = _compile(launch)
     parts = [name for name in ("blocks", "dense") if getattr(lists, f"has_{name}")]
-    name = (
-        f"{kernel} {implementation} D{head_dim} {str(dtype)[6:]} {_words(tile)} {' '.join(parts)}"
+    words = [kernel, implementation, f"D{head_dim}", str(dtype)[6:], _words(tile), *parts]
+    return " ".join(words), launch, dtype != torch.float32
+
+
+def _rope3d_attention() -> Iterator[tuple[str, Launch, bool]]:
+    """The adapter's D = 64 with and without rotation, other D and dtypes rotated."""
+    for dtype, head_dim, rotated in (
+        (torch.bfloat16, 64, True),
+        (torch.bfloat16, 64, False),
+        *((torch.bfloat16, head_dim, True) for head_dim in (32, 80, 128)),
+        *((dtype, 64, True) for dtype in DTYPES[1:]),
+    ):
+        for kernel in ROPE3D_KERNELS:
+            yield _rope3d_launch(kernel, dtype, head_dim, rotated)
+
+
+def _rope3d_launch(
+    kernel: str, dtype: torch.dtype, head_dim: int, rotated: bool
+) -> tuple[str, Launch, bool]:
+    """One kernel on 128 queries and 1369 padded keys."""
+    queries, keys, parts = 128, 1369, 8
+    problem = Problem(dtype, padded_width(head_dim), queries, keys, BATCH * HEADS)
+    tile = choose_tile(kernel, "", problem)
+    q, k = (
+        torch.empty(BATCH, length, HEADS, head_dim, dtype=dtype, device=META)
+        for length in (queries, keys)
     )
-    return _examine(name.strip(), compiled, log, tensor_cores=dtype != torch.float32)
+    lse = torch.empty(BATCH, HEADS, queries, device=META)
+    turns = Rotation(torch.empty(keys, 3, device=META), lse)
+    rest = ((turns, turns) if rotated else None), torch.empty(1, dtype=torch.int32, device=META)
+    if kernel == "rope3d_forward":
+        launch = lambda: launch_rope3d_attention(q, k, k, *rest, 0.1, parts, tile)
+    elif kernel == "rope3d_dq":
+        launch = lambda: launch_rope3d_dq(q, (q, k, k), (q, lse), *rest, 0.1, parts, tile)
+    else:
+        launch = lambda: launch_rope3d_dkdv(q, (q, k, k), lse, lse, *rest, 0.1, tile)
+    words = [kernel, f"D{head_dim}", str(dtype)[6:], _words(tile), *["plain"][rotated:]]
+    return " ".join(words), launch, dtype != torch.float32
 
 
 def _words(tile: Tile) -> str:
@@ -134,8 +171,8 @@ def _words(tile: Tile) -> str:
     return f"{sizes} w{tile.num_warps} s{tile.num_stages}"
 
 
-def _compile(launch: Callable[[], object]) -> tuple[Any, str]:
-    """The compiled kernel of a launch, and what ptxas said."""
+def _compile(launch: Launch) -> list[tuple[Any, str]]:
+    """The compiled kernels of a launch, each with what ptxas said of all of them."""
     found: list[Any] = []
     run = JITFunction.run
 
@@ -152,8 +189,7 @@ def _compile(launch: Callable[[], object]) -> tuple[Any, str]:
             text = log.read()
     finally:
         JITFunction.run = run
-    [compiled] = found
-    return compiled, text
+    return [(compiled, text) for compiled in found]
 
 
 @contextmanager

@@ -10,6 +10,7 @@
 #   OUT      folder of the records and logs      (bench/results; logs go to out/h100 then)
 #   LIMIT_S  seconds for everything              (540)
 #   PYTHON   the interpreter                     (python3)
+#   WORKERS  processes that compile kernels for the tests of all sizes; needs pytest-xdist (none)
 #   COMMIT   of the code, where git cannot tell  (none)
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -41,6 +42,9 @@ run() {
 
 run gpu-tests $((limit * 2 / 5)) "$python" -m pytest tests -m gpu -q -p no:cacheprovider \
   --continue-on-collection-errors
+# these run anywhere, and here with the tiles of the table, compiled
+run kernel-tests $((limit / 5)) "$python" -m pytest tests/test_joint_kernels.py \
+  tests/test_joint_properties.py -q -p no:cacheprovider ${WORKERS:+-n "$WORKERS"}
 
 suites_left=$#
 for suite in "$@"; do

@@ -21,6 +21,7 @@ from csrc_triton.primitives import (
     LOG2_E_DEVICE,
     TO_IMG,
     TO_TXT,
+    fold_masked_scores,
     gather_txt_keys,
     load_img_keys,
     rows_ptr,
@@ -40,13 +41,7 @@ def _fold_masked(acc, row_max, row_sum, q, k, v, visible, scale_log2):
     """Fold a tile of keys of which each row sees only the visible ones."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
     scores = tl.where(visible, scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    # a finite pivot: -inf - (-inf) is never formed while a row has seen nothing
-    pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
-    p = tl.exp2(scores - pivot[:, None])
-    decay = tl.exp2(row_max - pivot)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return acc, new_max, row_sum * decay + tl.sum(p, 1)
+    return fold_masked_scores(acc, row_max, row_sum, scores, v)
 
 
 @triton.jit

@@ -16,6 +16,21 @@ AS_KEY = tl.constexpr(tile_lists.AS_KEY)
 
 
 @triton.jit
+def fold_masked_scores(acc, row_max, row_sum, scores, v):
+    """Fold a tile of base-2 scores, -inf where a row does not see a key, into the running softmax.
+
+    acc [M, D] f32, row_max and row_sum [M] f32, scores [M, N] f32, v [N, D].
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    # a finite pivot: -inf - (-inf) is never formed while a row has seen nothing
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.exp2(scores - pivot[:, None])
+    decay = tl.exp2(row_max - pivot)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, new_max, row_sum * decay + tl.sum(p, 1)
+
+
+@triton.jit
 def tile_of_program(tiles_ptr, num_tiles, num_heads):
     """(record of the tile, batch, head) of this program; batch and head int64, for strides."""
     pid = tl.program_id(0)

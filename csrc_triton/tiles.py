@@ -17,6 +17,9 @@ IMPLEMENTATIONS = ("fused", "split")
 KERNELS = ("forward", "dq", "dkdv")
 """Of joint attention, in the order in which a training step runs them."""
 
+ROPE3D_KERNELS = ("rope3d_forward", "rope3d_dq", "rope3d_dkdv")
+"""Of attention with rotated queries and keys."""
+
 HEAD_DIMS = (16, 32, 64, 128)
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
@@ -66,7 +69,7 @@ class Entry:
     """One choice and where it holds; of several that hold, the first counts.
 
     Attributes:
-        kernel: one of KERNELS.
+        kernel: one of KERNELS or of ROPE3D_KERNELS.
         tile: what to launch it with.
         chosen_by: the measurement, or what stood in for one.
         implementation: one of IMPLEMENTATIONS, or None for each.
@@ -110,6 +113,17 @@ ENTRIES: tuple[Entry, ...] = (
 )
 """Tiles of joint attention."""
 
+ROPE3D_ENTRIES: tuple[Entry, ...] = (
+    Entry("rope3d_forward", Tile(128, 64, 8, 2), GATE),
+    Entry("rope3d_dq", Tile(128, 64, 8, 2), GATE),
+    Entry("rope3d_dkdv", Tile(32, 64, 8, 2), GATE, head_dims=(128,)),
+    Entry("rope3d_dkdv", Tile(64, 64, 4, 2), GATE),
+    Entry("rope3d_forward", Tile(16, 16, 4, 1), SMALL, dtypes=(torch.float32,)),
+    Entry("rope3d_dq", Tile(16, 16, 4, 1), SMALL, dtypes=(torch.float32,)),
+    Entry("rope3d_dkdv", Tile(16, 16, 4, 1), SMALL, dtypes=(torch.float32,)),
+)
+"""Tiles of attention with rotated queries and keys, by the padded head dim."""
+
 PREFERRED = {
     "forward": ("fused", "not timed yet; exact on every device and with every rule"),
     "backward": ("fused", "not timed yet; deterministic without a global switch"),
@@ -133,10 +147,21 @@ def choose_tile(kernel: str, implementation: str, problem: Problem) -> Tile:
     """
     if kernel in _forced:
         return _forced[kernel]
-    for entry in ENTRIES:
+    for entry in ENTRIES + ROPE3D_ENTRIES:
         if entry.holds(kernel, implementation, problem):
             return entry.tile
     raise ValueError(f"kernel {kernel!r} of {implementation!r} has no tile for {problem}")
+
+
+def choose_parts(tiles: int, blocks: int, processors: int) -> int:
+    """Into how many parts keys are split, so that few tiles of queries still fill the GPU.
+
+    Args:
+        tiles: programs without a split.
+        blocks: blocks of keys; each part gets one at least.
+        processors: multiprocessors of the GPU.
+    """
+    return max(1, min(processors // tiles, blocks))
 
 
 @contextmanager
@@ -144,14 +169,15 @@ def forced(**tiles: Tile) -> Iterator[None]:
     """While open, the named kernels run with these tiles, in the whole process: for tuning.
 
     Args:
-        tiles: a Tile for each of some of KERNELS, by name.
+        tiles: a Tile for each of some kernels, by name.
 
     Raises:
         ValueError: a name is no kernel.
     """
-    unknown = sorted(set(tiles) - set(KERNELS))
+    known = KERNELS + ROPE3D_KERNELS
+    unknown = sorted(set(tiles) - set(known))
     if unknown:
-        raise ValueError(f"tiles must be named after {', '.join(KERNELS)}, got {unknown}")
+        raise ValueError(f"tiles must be named after {', '.join(known)}, got {unknown}")
     before = dict(_forced)
     _forced.update(tiles)
     try:

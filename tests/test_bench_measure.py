@@ -193,8 +193,9 @@ def test_the_gpu_script_tests_first_and_shares_the_time(h100):
     done, calls, out = h100("attention --reps 5", "tune", LIMIT_S="240", COMMIT="c0ffee")
     assert done.returncode == 0, done.stderr
     assert calls[0].startswith(f"{ROOT} -m pytest tests -m gpu")
+    assert calls[1].startswith(f"{ROOT} -m pytest tests/test_joint_kernels.py tests/test_joint_")
     limits = []
-    for call, suite in zip(calls[1:], ("attention --reps 5", "tune"), strict=True):
+    for call, suite in zip(calls[2:], ("attention --reps 5", "tune"), strict=True):
         head, _, rest = call.partition(" --limit-s ")
         assert head == f"{ROOT} -m bench {suite} --out {out}"
         limit, commit = rest.split(maxsplit=1)
@@ -203,25 +204,26 @@ def test_the_gpu_script_tests_first_and_shares_the_time(h100):
     # half of what is left, then all of it, each less what imports may take
     assert limits[0] <= 240 // 2 - 25 < limits[1] <= 240 - 25
     assert sorted(p.name for p in out.iterdir()) == [
-        "attention.log", "gpu-tests.log", "tune.log",
+        "attention.log", "gpu-tests.log", "kernel-tests.log", "tune.log",
     ]  # fmt: skip
     assert (out / "attention.log").read_text() == "ran attention\n"
 
 
 def test_the_gpu_script_goes_on_after_a_failure_and_says_so_in_the_end(h100):
-    done, calls, _ = h100("attention", TESTS="1", LIMIT_S="200")
+    done, calls, _ = h100("attention", TESTS="1", LIMIT_S="200", WORKERS="4")
+    assert calls[1].endswith("-n 4")
     assert done.returncode == 1
-    assert len(calls) == 2
+    assert len(calls) == 3
     done, calls, _ = h100("fails", "attention", LIMIT_S="200")
     assert done.returncode == 3
-    assert len(calls) == 3
+    assert len(calls) == 4
     assert "fails ended with 3" in done.stdout
 
 
 def test_the_gpu_script_begins_nothing_that_has_no_time(h100):
     done, calls, _ = h100("attention", LIMIT_S="50")
     assert done.returncode == 124
-    assert len(calls) == 1
+    assert len(calls) == 2
     assert "attention was not run" in done.stdout
     done, calls, _ = h100()
     assert done.returncode == 2

@@ -40,7 +40,7 @@ FAULTS = {
     "accumulator not rescaled": ("joint_attention", "acc * decay[:, None]", "acc"),
     "sum not rescaled": ("joint_attention", "row_sum * decay", "row_sum"),
     "no finite pivot": (
-        "joint_attention", 'tl.where(new_max == float("-inf"), 0.0, new_max)', "new_max",
+        "primitives", 'tl.where(new_max == float("-inf"), 0.0, new_max)', "new_max",
     ),
     "finite sentinel": (
         "joint_attention", 'tl.where(visible, scores, float("-inf"))',

@@ -204,7 +204,9 @@ def test_lse_has_no_gradient_and_a_second_derivative_is_refused():
 @pytest.mark.parametrize("rotated", [True, False])
 def test_opcheck(rotated):
     (q, k, v), d_out, coords = draw(dtype=torch.bfloat16)
-    places = (*coords, 0.25, [4, 6, 6], 1e4) if rotated else (None, None, 0.25, [], 1e4)
+    places = (*coords, None, 0.25, [4, 6, 6], 1e4)
+    if not rotated:
+        places = (None, None, None, 0.25, [], 1e4)
     op = torch.ops.sda_fast.rope3d_attention
     out, lse = op(q, k, v, *places)
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -258,11 +260,35 @@ def test_autocast_casts_q_k_v_and_leaves_the_places():
     assert torch.equal(out, ops.rope3d_attention(*cast, *coords))
 
 
-def test_a_cuda_tensor_is_refused_until_there_is_a_kernel():
+def test_a_fake_cuda_tensor_only_infers():
     with FakeTensorMode():
         q, k, v = (torch.empty(1, 3, 2, 16, device="cuda") for _ in range(3))
-        with pytest.raises(NotImplementedError, match="rope3d_attention: CUDA kernel not built"):
-            ops.rope3d_attention(q, k, v, None, None)
+        out = ops.rope3d_attention(q, k, v, None, None)
+    assert (out.shape, out.device.type) == ((1, 3, 2, 16), "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(15, 4), (1, 15), (0, 7)])
+def test_padding_never_leaks(lengths, dtype):
+    """Also of a sample without keys: out 0, lse -inf, and no gradient."""
+    qkv, d_out, coords = draw(dtype=dtype)
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    assert_good(qkv, d_out, coords, lengths=lengths)
+    op = bind(ops.rope3d_attention, coords, lengths=lengths)
+    before = run_attention(op, qkv, d_out)
+    for i, length in enumerate(lengths):
+        for t in qkv[1:]:
+            t[i, length:] = 99.0
+    after = run_attention(op, qkv, d_out)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a, b)
+    for i, length in enumerate(lengths):
+        assert after.dk[i, length:].eq(0).all()
+        assert after.dv[i, length:].eq(0).all()
+        if length == 0:
+            assert after.out[i].eq(0).all()
+            assert after.lse[i].eq(float("-inf")).all()
+            assert after.dq[i].eq(0).all()
 
 
 BAD = [
@@ -284,6 +310,11 @@ BAD = [
     ({"axes": lambda _: (8, 8)}, "axes must be 3 even sizes"),
     ({"axes": lambda _: (-4, 10, 10)}, "axes must be 3 even sizes"),
     ({"theta": lambda _: 0.0}, r"theta must be positive, got 0\.0"),
+    ({"scale": lambda _: -0.1}, r"scale must be a positive finite number, got -0\.1"),
+    ({"lengths": lambda _: torch.tensor([3]).int()}, r"lengths must be \[2\] int32"),
+    ({"lengths": lambda _: torch.tensor([3, 4])}, "lengths must be .* torch.int64"),
+    ({"lengths": lambda _: torch.tensor([3, 16]).int()}, "lengths must be 0 to S = 15"),
+    ({"lengths": lambda _: torch.tensor([-1, 3]).int()}, "lengths must be 0 to S = 15"),
     ({n: lambda t: t[..., :12] for n in "qkv"}, "axes must be given for D = 12"),
 ]  # fmt: skip
 

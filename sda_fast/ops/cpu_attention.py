@@ -13,7 +13,8 @@ def attention_forward(
         q: [B, Sq, H, D], any float dtype, last stride 1.
         k: [B, Sk, H, D], as q.
         v: as k.
-        bias: [Sq, Sk] in compute_dtype(q), 0 or -inf, no row all -inf; None for zeros.
+        bias: [Sq, Sk] or [B, 1, Sq, Sk] in compute_dtype(q), 0 or -inf, no row all -inf; None
+            for zeros.
         scale: multiplies the logits.
 
     Returns:

@@ -17,11 +17,13 @@ from sda_fast.ops.inputs import (
     on_device_of,
     qkv_faults,
     refuse,
+    scale_faults,
 )
 from sda_fast.ops.joint_kernels import split_faults
 from sda_fast.ops.joint_lists import Layout
 
 NAME = "hierarchical_attention"
+D_WORDS = f"D in {', '.join(map(str, HEAD_DIMS))}"
 
 
 @overload
@@ -263,7 +265,7 @@ def _takes_kernels(q: Tensor, implementation: str, rule: str) -> bool:
         ValueError: the kernels are asked for, or the only way, and cannot run.
     """
     on_cpu = q.device.type == "cpu" and implementation == "auto"
-    if on_cpu and kernel_faults(q, HEAD_DIMS, DTYPES):
+    if on_cpu and kernel_faults(q, HEAD_DIMS, D_WORDS, DTYPES):
         return False
     # once more: when it was traced, neither the device nor the interpreter was there to be asked
     refuse(NAME, _choice_faults(q, None, rule, implementation))
@@ -284,16 +286,14 @@ def _bias(layout: Layout, dtype: torch.dtype) -> Tensor | None:
 
 
 def _choice_faults(q: Tensor, scale: float | None, rule: str, implementation: str) -> list[str]:
-    faults = []
-    if scale is not None and not 0 < scale < float("inf"):
-        faults.append(f"scale must be a positive finite number, got {scale}")
+    faults = scale_faults(scale)
     if implementation != "auto" and implementation not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         faults.append(f"implementation must be one of {known}, got {implementation!r}")
     elif q.ndim == 4:
         # on the CPU "auto" always finds a way
         if q.device.type == "cuda" or (q.device.type == "cpu" and implementation != "auto"):
-            faults += kernel_faults(q, HEAD_DIMS, DTYPES)
+            faults += kernel_faults(q, HEAD_DIMS, D_WORDS, DTYPES)
         if implementation == "split":
             faults += split_faults(q, rule)
     return faults

@@ -1,10 +1,11 @@
 """What every attention operator asks of q, k and v before it starts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -63,18 +64,20 @@ def refuse(op: str, faults: list[str]) -> None:
         raise ValueError(f"{op}: " + "; ".join(faults))
 
 
-def kernel_faults(q: Tensor, head_dims: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[str]:
+def kernel_faults(
+    q: Tensor, head_dims: Sequence[int], words: str, dtypes: Sequence[torch.dtype]
+) -> list[str]:
     """Every reason why Triton kernels cannot take tensors like q; empty if there is none.
 
     Args:
         q: [B, S, H, D]; its device, dtype and D count.
         head_dims: the D that the kernels are built for.
+        words: how a message names them.
         dtypes: the dtypes that they are built for.
     """
     faults = []
     if q.shape[-1] not in head_dims:
-        known = ", ".join(map(str, head_dims))
-        faults.append(f"q must have D in {known} for the kernels, got {q.shape[-1]}")
+        faults.append(f"q must have {words} for the kernels, got {q.shape[-1]}")
     if q.dtype not in dtypes:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         faults.append(f"q must be {known} for the kernels, got {q.dtype}")
@@ -108,14 +111,36 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def require_kernel(op: str, device: torch.device) -> None:
-    """Refuse a device that the operator has no implementation for; the meta device only infers.
+def scale_faults(scale: float | None) -> list[str]:
+    """Why the kernels, which take the maximum before they scale, cannot take a scale."""
+    if scale is None or 0 < scale < float("inf"):
+        return []
+    return [f"scale must be a positive finite number, got {scale}"]
 
-    Raises:
-        NotImplementedError: the device is neither the CPU nor meta.
+
+_held: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (its version, what held)
+
+
+def holds_once(t: Tensor, condition: Callable[[Tensor], Tensor], about: object = None) -> bool:
+    """Whether the values of a tensor hold, asked once while it is not changed if that waits.
+
+    On a GPU the answer waits for the device; inside a captured graph it cannot be had and is taken
+    to be yes.
+
+    Args:
+        t: the tensor.
+        condition: t -> [] bool.
+        about: what else the condition depends on.
     """
-    if device.type not in ("cpu", "meta"):
-        raise NotImplementedError(
-            f"sda_fast.ops.{op}: {device.type.upper()} kernel not built yet; "
-            f"use CPU tensors or sda_fast.reference.{op}"
-        )
+    if t.device.type == "cpu":
+        return bool(condition(t))
+    # tensors of inference mode count no versions, so that a change would go unseen
+    asked = (-1 if t.is_inference() else t._version, about)
+    if asked[0] >= 0 and _held.get(t) == asked:
+        return True
+    if torch.cuda.is_current_stream_capturing():
+        return True
+    held = bool(condition(t))
+    if held:
+        _held[t] = asked
+    return held

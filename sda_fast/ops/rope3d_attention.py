@@ -6,9 +6,21 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from csrc_triton.tiles import DTYPES
+from sda_fast.ops import rope3d_kernels
 from sda_fast.ops.cpu_attention import attention_backward, attention_forward, compute_dtype
-from sda_fast.ops.inputs import cast_for_autocast, qkv_faults, refuse, require_kernel
+from sda_fast.ops.inputs import (
+    cast_for_autocast,
+    holds_once,
+    kernel_faults,
+    on_device_of,
+    qkv_faults,
+    refuse,
+    scale_faults,
+)
 from sda_fast.reference.rope3d_attention import UNPAIRED, default_axes, rope3d
+
+NAME = "rope3d_attention"
 
 
 @overload
@@ -22,6 +34,7 @@ def rope3d_attention(
     axes: tuple[int, int, int] | None = None,
     theta: float = 1e4,
     *,
+    lengths: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -35,6 +48,7 @@ def rope3d_attention(
     axes: tuple[int, int, int] | None = None,
     theta: float = 1e4,
     *,
+    lengths: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def rope3d_attention(
@@ -47,26 +61,35 @@ def rope3d_attention(
     axes: tuple[int, int, int] | None = None,
     theta: float = 1e4,
     *,
+    lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention whose q and k are rotated by their level, y and x.
 
     Interleaved pairs, ``theta ** (-2i / size)`` within each axis, as in
-    ``sda_fast.reference.rope3d``. Differentiable once in q, k and v. On the CPU bf16 and fp16 are
-    computed in float32. Under autocast q, k and v are cast as in torch's own attention, the
-    coordinates are not.
+    ``sda_fast.reference.rope3d``. Differentiable once in q, k and v. Under autocast q, k and v are
+    cast as in torch's own attention, the coordinates are not.
+
+    CUDA tensors run the Triton kernels: tokens are turned in registers, and where there are few
+    tiles of queries the keys are split over programs, by shapes alone; the backward gives the same
+    bits at every call. CPU tensors run them too where Triton's interpreter is on and they take such
+    tensors, else torch's attention, which computes bf16 and fp16 in float32. On a GPU the values of
+    coords and lengths are read once for each tensor, and not inside a captured graph.
 
     Args:
-        q: [B, N, H, D], bf16, fp16, fp32 or fp64; last stride 1, the others free.
+        q: [B, N, H, D]; last stride 1, the others free. The kernels take bf16, fp16 and fp32 and
+            even D up to 128; the CPU takes fp64 and any even D too.
         k: [B, S, H, D], as q.
         v: as k.
         q_coords: [N, 3] or [B, N, 3] float32 on q's device: level, y, x; finite, no gradient.
             None together with k_coords means no rotation: plain attention.
         k_coords: [S, 3] or [B, S, 3], as q_coords.
-        scale: multiplies the logits before the softmax. None means D ** -0.5.
+        scale: multiplies the logits before the softmax, positive. None means D ** -0.5.
         axes: even sizes of level, y and x in the head dim, their sum D. None means the ratio
             2:3:3, which is (16, 24, 24) for D = 64.
         theta: base of the frequencies, positive.
+        lengths: [B] int32 on q's device, 0 to S: the keys of each sample come first, the rest is
+            padding. A sample without keys gets out 0 and lse -inf. None means S for all.
         return_lse: return lse too.
 
     Returns:
@@ -75,31 +98,41 @@ def rope3d_attention(
 
     Raises:
         ValueError: arguments do not fit; one message lists every reason.
-        NotImplementedError: the tensors are on a device whose kernel is not built yet.
+        NotImplementedError: the tensors are on a device other than CPU or CUDA.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    faults = qkv_faults(q, k, v)
+    faults = qkv_faults(q, k, v) + scale_faults(scale)
     if not faults:
-        faults += _coords_faults(q, k, q_coords, k_coords)
+        faults += _coords_faults(q, k, q_coords, k_coords) + _lengths_faults(q, lengths)
         faults += _axes_faults(q.shape[-1], axes, theta, rotated=q_coords is not None)
-    refuse("rope3d_attention", faults)
-    require_kernel("rope3d_attention", q.device)
+        faults += _kernel_faults(q) if q.device.type == "cuda" else []
+    refuse(NAME, faults)
+    if q.device.type not in ("cpu", "cuda", "meta"):
+        raise NotImplementedError(f"{NAME} runs on CPU and CUDA tensors, got {q.device}")
     if q_coords is not None and axes is None:
         axes = default_axes(q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = _forward(q, k, v, q_coords, k_coords, scale, axes or (), theta)
+    out, lse = _forward(q, k, v, q_coords, k_coords, lengths, scale, axes or (), theta)
     return (out, lse) if return_lse else out
 
 
-@torch.library.custom_op("sda_fast::rope3d_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sda_fast::rope3d_attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_coords: Tensor | None, k_coords: Tensor | None,
-    scale: float, axes: Sequence[int], theta: float,
+    lengths: Tensor | None, scale: float, axes: Sequence[int], theta: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # here, not in the checks: under torch.compile values are known only when the op runs
-    _refuse_infinite(q_coords, k_coords)
+    refuse(NAME, _value_faults(k.shape[1], q_coords, k_coords, lengths))
+    if _takes_kernels(q):
+        with on_device_of(q):
+            places = _places(q_coords, k_coords, axes, theta)
+            return rope3d_kernels.forward((q, k, v), places, lengths, scale)
     q_turned, k_turned = _turn(q, q_coords, axes, theta), _turn(k, k_coords, axes, theta)
-    out, lse = attention_forward(q_turned, k_turned, v, None, scale)
+    bias = _padding_bias(q, k, lengths)
+    out, lse = attention_forward(q_turned, k_turned, v, bias, scale)
+    if lengths is not None:
+        empty = lengths == 0
+        out[empty], lse[empty] = 0.0, float("-inf")
     return out.to(q.dtype), lse
 
 
@@ -109,14 +142,21 @@ def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((b, heads, n), dtype=compute_dtype(q))
 
 
-@torch.library.custom_op("sda_fast::rope3d_attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sda_fast::rope3d_attention_backward", mutates_args=())
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    q_coords: Tensor | None, k_coords: Tensor | None,
+    q_coords: Tensor | None, k_coords: Tensor | None, lengths: Tensor | None,
     scale: float, axes: Sequence[int], theta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if _takes_kernels(q):
+        with on_device_of(q):
+            places = _places(q_coords, k_coords, axes, theta)
+            return rope3d_kernels.backward(d_out, (q, k, v), (out, lse), places, lengths, scale)
     turned = _turn(q, q_coords, axes, theta), _turn(k, k_coords, axes, theta), v
-    dq, dk, dv = attention_backward(d_out, turned, out, lse, None, scale)
+    bias = _padding_bias(q, k, lengths)
+    # a row that saw nothing: with so large an lse its p is 0
+    lse = lse.masked_fill(lse == float("-inf"), 1e30)
+    dq, dk, dv = attention_backward(d_out, turned, out, lse, bias, scale)
     # the transpose of a rotation is the rotation by the opposite place
     dq = _turn(dq, None if q_coords is None else -q_coords, axes, theta)
     dk = _turn(dk, None if k_coords is None else -k_coords, axes, theta)
@@ -129,16 +169,52 @@ def _(_d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tens
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, q_coords, k_coords, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, q_coords, k_coords)
+    q, k, v, q_coords, k_coords, lengths, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, q_coords, k_coords, lengths)
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx: Any, d_out: Tensor, _d_lse: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(d_out, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+    return *_backward(d_out, *ctx.saved_tensors, *ctx.options), *(None,) * 6
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _takes_kernels(q: Tensor) -> bool:
+    """Whether the kernels run, or torch's attention on the CPU.
+
+    Raises:
+        ValueError: the kernels are the only way and cannot run.
+    """
+    faults = _kernel_faults(q)
+    if q.device.type == "cpu" and faults:
+        return False
+    refuse(NAME, faults)
+    return True
+
+
+def _kernel_faults(q: Tensor) -> list[str]:
+    return kernel_faults(q, range(2, 129, 2), "even D up to 128", DTYPES)
+
+
+def _places(
+    q_coords: Tensor | None, k_coords: Tensor | None, axes: Sequence[int], theta: float
+) -> rope3d_kernels.Places | None:
+    if q_coords is None or k_coords is None:
+        return None
+    return q_coords, k_coords, (axes[0], axes[1], axes[2]), theta
+
+
+def _padding_bias(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """[B, 1, N, S] of 0 and -inf; 0 for a sample without keys, which no softmax can serve."""
+    if lengths is None:
+        return None
+    seen = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
+    seen |= (lengths == 0)[:, None]
+    bias = torch.zeros(seen.shape, dtype=compute_dtype(q), device=q.device)
+    bias = bias.masked_fill_(~seen, float("-inf"))
+    return bias[:, None, None].expand(-1, 1, q.shape[1], -1)
 
 
 def _turn(x: Tensor, coords: Tensor | None, axes: Sequence[int], theta: float) -> Tensor:
@@ -183,10 +259,28 @@ def _axes_faults(
     return faults
 
 
-def _refuse_infinite(q_coords: Tensor | None, k_coords: Tensor | None) -> None:
+def _lengths_faults(q: Tensor, lengths: Tensor | None) -> list[str]:
+    if lengths is None:
+        return []
+    faults = []
+    if lengths.shape != q.shape[:1] or lengths.dtype != torch.int32:
+        faults.append(
+            f"lengths must be [{q.shape[0]}] int32, got {tuple(lengths.shape)} {lengths.dtype}"
+        )
+    if lengths.device != q.device:
+        faults.append(f"lengths must be on the device of q, {q.device}, got {lengths.device}")
+    return faults
+
+
+def _value_faults(
+    num_keys: int, q_coords: Tensor | None, k_coords: Tensor | None, lengths: Tensor | None
+) -> list[str]:
     faults = [
         f"{name} must be finite, got inf or NaN"
         for name, coords in (("q_coords", q_coords), ("k_coords", k_coords))
-        if coords is not None and not coords.isfinite().all()
+        if coords is not None and not holds_once(coords, lambda t: t.isfinite().all())
     ]
-    refuse("rope3d_attention", faults)
+    within = lambda t: ((t >= 0) & (t <= num_keys)).all()
+    if lengths is not None and not holds_once(lengths, within, num_keys):
+        faults.append(f"lengths must be 0 to S = {num_keys}, got {lengths.tolist()}")
+    return faults

@@ -15,7 +15,7 @@ def dense_attention(
         q: [B, Sq, H, D], any float dtype.
         k: [B, Sk, H, D], as q.
         v: as k.
-        mask: [Sq, Sk] bool, True = may attend; None for all True.
+        mask: bool, True = may attend, [Sq, Sk] or what broadcasts to [B, H, Sq, Sk]; None for all.
         scale: multiplies the logits. None means D ** -0.5.
 
     Returns:

@@ -59,6 +59,7 @@ def rope3d_attention(
     axes: tuple[int, int, int] | None = None,
     theta: float = 1e4,
     *,
+    lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Rotated attention; see sda_fast.ops.rope3d_attention for arguments and results.
@@ -73,5 +74,8 @@ def rope3d_attention(
     if q_coords is not None and k_coords is not None:
         axes = default_axes(q.shape[-1]) if axes is None else axes
         q, k = rope3d(q, q_coords, axes, theta), rope3d(k, k_coords, axes, theta)
-    out, lse = dense_attention(q, k, v, None, scale)
+    mask = None
+    if lengths is not None:
+        mask = (torch.arange(k.shape[1], device=k.device) < lengths[:, None])[:, None, None]
+    out, lse = dense_attention(q, k, v, mask, scale)
     return (out, lse) if return_lse else out

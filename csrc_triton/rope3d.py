@@ -1,0 +1,117 @@
+"""Rotary embedding over three axes, in registers: what the rope3d kernels share.
+
+In the block of axis a, of size d, the pair (x[2i], x[2i+1]) turns by coords[a] * theta ** (-2i / d)
+(Su et al., arXiv 2104.09864, applied per axis).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import pi
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# sine and cosine of f quarter turns, |f| <= 1/2: Taylor terms, the next ones are below 3e-8
+S1 = tl.constexpr(pi / 2)
+S3 = tl.constexpr(-((pi / 2) ** 3) / 6)
+S5 = tl.constexpr((pi / 2) ** 5 / 120)
+S7 = tl.constexpr(-((pi / 2) ** 7) / 5040)
+S9 = tl.constexpr((pi / 2) ** 9 / 362880)
+C2 = tl.constexpr(-((pi / 2) ** 2) / 2)
+C4 = tl.constexpr((pi / 2) ** 4 / 24)
+C6 = tl.constexpr(-((pi / 2) ** 6) / 720)
+C8 = tl.constexpr((pi / 2) ** 8 / 40320)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What turns the tokens of one sequence.
+
+    Attributes:
+        coords: [S, 3] or [B, S, 3] f32: level, y, x; last two dimensions contiguous.
+        pairs: [2, WIDTH / 2] f32 of each pair of elements: its axis, and its quarter turns a unit.
+    """
+
+    coords: Tensor
+    pairs: Tensor
+
+    @property
+    def stride_b(self) -> int:
+        """From one sample's coordinates to the next one's; 0 where all share them."""
+        return self.coords.stride(0) if self.coords.ndim == 3 else 0
+
+
+def padded_width(head_dim: int) -> int:
+    """Elements of a row of a tile: the power of two that holds D, at least 32."""
+    return max(32, triton.next_power_of_2(head_dim))
+
+
+@lru_cache(maxsize=64)
+def pair_table(axes: tuple[int, int, int], theta: float, device: torch.device) -> Tensor:
+    """The axis and the quarter turns a unit of each pair; pairs beyond D do not turn."""
+    axis, turns = [], []
+    for number, size in enumerate(axes):
+        axis += [float(number)] * (size // 2)
+        turns += [theta ** (-2 * i / size) * 2 / pi for i in range(size // 2)]
+    missing = padded_width(2 * len(axis)) // 2 - len(axis)
+    table = [axis + [0.0] * missing, turns + [0.0] * missing]
+    return torch.tensor(table, dtype=torch.float32, device=device)
+
+
+@triton.jit
+def sine_cosine(quarter_turns):
+    """Sine and cosine in f32; exactly 0 and 1 at 0."""
+    n = tl.floor(quarter_turns + 0.5)
+    f = quarter_turns - n
+    f2 = f * f
+    s = f * (S1 + f2 * (S3 + f2 * (S5 + f2 * (S7 + f2 * S9))))
+    c = 1.0 + f2 * (C2 + f2 * (C4 + f2 * (C6 + f2 * C8)))
+    quarter = n.to(tl.int32)
+    odd = (quarter & 1) != 0
+    sine, cosine = tl.where(odd, c, s), tl.where(odd, s, c)
+    sine = tl.where((quarter & 2) != 0, -sine, sine)
+    return sine, tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
+
+
+@triton.jit
+def load_turn(coords_ptr, pairs_ptr, rows, in_range, HALF: tl.constexpr):
+    """Sine and cosine [rows, HALF] of each token and pair."""
+    i = tl.arange(0, HALF)
+    axis, turns = tl.load(pairs_ptr + i), tl.load(pairs_ptr + HALF + i)
+    place = coords_ptr + rows * 3
+    level = tl.load(place, mask=in_range, other=0.0)
+    y = tl.load(place + 1, mask=in_range, other=0.0)
+    x = tl.load(place + 2, mask=in_range, other=0.0)
+    along = tl.where(axis == 1.0, y[:, None], x[:, None])
+    along = tl.where(axis == 0.0, level[:, None], along)
+    return sine_cosine(along * turns)
+
+
+@triton.jit
+def turn(x, sine, cosine, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The pairs of x [ROWS, WIDTH] f32 turned forward; with -sine, backward."""
+    # the two elements of a pair lie in one thread: neither step moves data
+    even, odd = tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
+    pairs = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+    return tl.reshape(pairs, [ROWS, WIDTH])
+
+
+@triton.jit
+def load_row_tile(ptr, rows, in_range, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """[rows, WIDTH] tokens, zero out of range and beyond D."""
+    d = tl.arange(0, WIDTH)
+    offsets = rows.to(tl.int64)[:, None] * stride + d[None, :]
+    return tl.load(ptr + offsets, mask=in_range[:, None] & (d < HEAD_DIM), other=0.0)
+
+
+@triton.jit
+def store_row_tile(
+    ptr, x, rows, in_range, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Write [rows, WIDTH] to the tokens in range."""
+    d = tl.arange(0, WIDTH)
+    offsets = rows.to(tl.int64)[:, None] * stride + d[None, :]
+    mask = in_range[:, None] & (d < HEAD_DIM)
+    tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,96 @@
+"""Rotated attention by the project's kernels: each pass from its launches."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from csrc_triton.tiles import ROPE3D_KERNELS, Problem, choose_parts, choose_tile
+
+QKV = tuple[Tensor, Tensor, Tensor]
+Places = tuple[Tensor, Tensor, tuple[int, int, int], float]
+"""Coordinates of queries and keys, axes and theta; None where nothing turns."""
+
+
+def forward(
+    qkv: QKV, places: Places | None, lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return out [B, N, H, D] contiguous and lse [B, H, N] f32.
+
+    Args:
+        qkv: q [B, N, H, D], k and v [B, S, H, D], last stride 1.
+        places: where the tokens are, or None.
+        lengths: [B] int32, keys of each sample, or None.
+        scale: positive.
+    """
+    from csrc_triton.rope3d_attention import launch_rope3d_attention
+
+    q, k, v = qkv
+    tile = choose_tile("rope3d_forward", "", _problem(q, k))
+    parts = _parts(q, k, tile.block_m, tile.block_n)
+    return launch_rope3d_attention(
+        q, k, v, _rotations(places, q.device), lengths, scale, parts, tile
+    )
+
+
+def backward(
+    d_out: Tensor,
+    qkv: QKV,
+    results: tuple[Tensor, Tensor],
+    places: Places | None,
+    lengths: Tensor | None,
+    scale: float,
+) -> QKV:
+    """Return dq, dk and dv, contiguous; the same bits at every call.
+
+    Args:
+        d_out: [B, N, H, D], any strides.
+        qkv: of the forward pass.
+        results: its out and lse.
+        places: as in the forward pass.
+        lengths: likewise.
+        scale: likewise.
+    """
+    from csrc_triton.rope3d_attention_backward import launch_rope3d_dkdv, launch_rope3d_dq
+
+    q, k, _ = qkv
+    if d_out.stride(-1) != 1:
+        d_out = d_out.contiguous()
+    rotations = _rotations(places, q.device)
+    tile, to_keys = (choose_tile(name, "", _problem(q, k)) for name in ROPE3D_KERNELS[1:])
+    parts = _parts(q, k, tile.block_m, tile.block_n)
+    dq, delta = launch_rope3d_dq(d_out, qkv, results, rotations, lengths, scale, parts, tile)
+    dk, dv = launch_rope3d_dkdv(
+        d_out, qkv, results[1], delta, rotations, lengths, scale, to_keys
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _problem(q: Tensor, k: Tensor) -> Problem:
+    from csrc_triton.rope3d import padded_width
+
+    batch, num_queries, heads, head_dim = q.shape
+    return Problem(q.dtype, padded_width(head_dim), num_queries, k.shape[1], batch * heads)
+
+
+def _parts(q: Tensor, k: Tensor, block_m: int, block_n: int) -> int:
+    tiles = -(-q.shape[1] // block_m) * q.shape[0] * q.shape[2]
+    return choose_parts(tiles, -(-k.shape[1] // block_n), _processors(q.device))
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; elsewhere those of an H100, so that the same parts are tried."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _rotations(places: Places | None, device: torch.device):  # noqa: ANN202
+    from csrc_triton.rope3d import Rotation, pair_table
+
+    if places is None:
+        return None
+    q_coords, k_coords, axes, theta = places
+    pairs = pair_table(axes, theta, device)
+    return Rotation(q_coords.contiguous(), pairs), Rotation(k_coords.contiguous(), pairs)

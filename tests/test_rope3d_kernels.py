@@ -1,0 +1,218 @@
+"""The kernels of rotated attention against the reference, on the GPU or in Triton's interpreter."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from csrc_triton import tiles
+from csrc_triton.tiles import Tile, choose_parts, forced
+from sda_fast import ops, reference
+from sda_fast.coords import patch_coords
+from sda_fast.hierarchy import Hierarchy
+from sda_fast.ops import rope3d_kernels
+
+from .interpreter.sanitizer import sanitized
+from .numerics import DTYPES, LOGITS, assert_attention, draw_qkv, run_attention
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+TREE = Hierarchy((2, 1, 1))
+AXES = {16: (4, 6, 6), 32: (8, 12, 12), 64: (16, 24, 24), 80: (20, 30, 30), 128: (32, 48, 48)}
+SMALL = {name: Tile(16, 16, 4, 2) for name in tiles.ROPE3D_KERNELS}
+LARGE = {name: Tile(32, 64, 4, 2) for name in tiles.ROPE3D_KERNELS}
+
+
+@pytest.fixture(params=["small", "large"])
+def sizes(request):
+    """Tiles that need several steps, and such that need one; a GPU keeps those of the table."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with forced(**(SMALL if request.param == "small" else LARGE)):
+        yield
+
+
+@pytest.fixture(params=[1, 3], ids=["whole", "split"])
+def parts(request, monkeypatch):
+    """Into how many parts the keys are split, whatever the rule says."""
+    monkeypatch.setattr(rope3d_kernels, "choose_parts", lambda *_: request.param)
+
+
+def draw(device, heads=1, head_dim=16, grid=(5, 7), logits=1.0, dtype=torch.float32):
+    """qkv, the output's gradient, and the places of a tree's queries over a grid of patches."""
+    coords = TREE.token_coords(*grid), patch_coords(*grid)
+    query = 2, TREE.num_tokens, heads, head_dim
+    q, k, v = draw_qkv(query, (2, grid[0] * grid[1], heads, head_dim), logits, torch.float32)
+    if logits == "near-200":
+        # turned back, so that the operator's rotation makes all logits large again
+        q = reference.rope3d(q, -coords[0], AXES[head_dim])
+        k = reference.rope3d(k, -coords[1], AXES[head_dim])
+    qkv = [t.to(device, dtype) for t in (q, k, v)]
+    return qkv, torch.randn(query).to(device, dtype), [c.to(device) for c in coords]
+
+
+def bind(op, coords, **options):
+    """`op` as f(q, k, v) -> (out, lse)."""
+    return lambda q, k, v: op(q, k, v, *coords, return_lse=True, **options)
+
+
+def assert_good(qkv, d_out, coords, **options):
+    op, right = ops.rope3d_attention, reference.rope3d_attention
+    # the fastest pair turns by one radian a unit
+    angle = 0.0 if coords[0] is None else max(c.abs().max().item() for c in coords)
+    functions = bind(op, coords, **options), bind(right, coords, **options)
+    assert_attention(*functions, qkv, d_out, angle)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logits", LOGITS)
+def test_is_as_good_as_the_reference(logits, dtype, parts, sizes, device):
+    assert_good(*draw(device, logits=logits, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "grid"),
+    [(1, 16, (1, 1)), (2, 32, (2, 3)), (1, 64, (9, 4)), (1, 80, (3, 5)), (1, 128, (4, 4))],
+)
+def test_other_sizes_with_the_tiles_and_parts_of_the_table(heads, head_dim, grid, dtype, device):
+    assert_good(*draw(device, heads, head_dim, grid, dtype=dtype))
+
+
+def test_without_places_it_is_plain_attention_bit_for_bit(parts, sizes, device):
+    qkv, d_out, coords = draw(device, dtype=torch.bfloat16)
+    nowhere = [torch.zeros_like(c) for c in coords]
+    plain = run_attention(bind(ops.rope3d_attention, (None, None)), qkv, d_out)
+    for a, b in zip(
+        plain, run_attention(bind(ops.rope3d_attention, nowhere), qkv, d_out), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert_good(qkv, d_out, (None, None))
+
+
+def test_only_distances_count(parts, sizes, device):
+    (q, k, v), _, coords = draw(device)
+    out = ops.rope3d_attention(q, k, v, *coords)
+    moved = ops.rope3d_attention(q, k, v, *(c + 10.0 for c in coords))
+    torch.testing.assert_close(moved, out, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("far", [300.0, 5000.0])
+def test_far_places_are_turned_as_the_reference_turns_them(far, sizes, device):
+    """float32 angles: both are off by their size times 2**-24, not more."""
+    (q, k, v), _, coords = draw(device)
+    coords = [c + far for c in coords]
+    exact = reference.rope3d_attention(*(t.double() for t in (q, k, v)), *coords)
+    out = ops.rope3d_attention(q, k, v, *coords)
+    assert (out.double() - exact).abs().max() < 8 * far * 2**-24
+
+
+def test_places_of_each_sample_and_strided_inputs(parts, sizes, device):
+    _, _, (_, k_coords) = draw(device)
+    q_coords = (torch.rand(2, TREE.num_tokens, 3) * 64).to(device)
+    q = torch.randn(TREE.num_tokens, 2, 16).to(device, torch.bfloat16).expand(2, -1, -1, -1)
+    k, v = torch.randn(2, 35, 2, 2, 24).to(device, torch.bfloat16)[..., 4:20].unbind(2)
+    d_out = torch.randn(2, 2, TREE.num_tokens, 20).to(device, torch.bfloat16)
+    assert_good((q, k, v), d_out.transpose(1, 2)[..., 4:], (q_coords, k_coords))
+    expanded = torch.randn(1).to(device, torch.bfloat16).expand(2, TREE.num_tokens, 2, 16)
+    assert_good((q, k, v), expanded, (q_coords, k_coords))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("lengths", [(35, 17), (0, 16)])
+def test_padding_never_leaks(lengths, dtype, parts, sizes, device):
+    """Also of a sample without keys: out 0, lse -inf, and no gradient."""
+    qkv, d_out, coords = draw(device, dtype=dtype)
+    counts = torch.tensor(lengths, dtype=torch.int32, device=device)
+    assert_good(qkv, d_out, coords, lengths=counts)
+    op = bind(ops.rope3d_attention, coords, lengths=counts)
+    before = run_attention(op, qkv, d_out)
+    for i, length in enumerate(lengths):
+        for t in qkv[1:]:
+            t[i, length:] = float("nan")
+    after = run_attention(op, qkv, d_out)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a, b)
+    for i, length in enumerate(lengths):
+        assert after.dk[i, length:].eq(0).all()
+        assert after.dv[i, length:].eq(0).all()
+
+
+def test_a_sample_alone_equals_itself_in_a_batch(parts, sizes, device):
+    qkv, d_out, coords = draw(device, dtype=torch.bfloat16)
+    op = bind(ops.rope3d_attention, coords)
+    alone = run_attention(op, [t[1:] for t in qkv], d_out[1:])
+    for a, b in zip(alone, run_attention(op, qkv, d_out), strict=True):
+        assert torch.equal(a, b[1:])
+    for a, b in zip(run_attention(op, qkv, d_out), run_attention(op, qkv, d_out), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_storage_that_ends_in_nan(parts, sizes, device):
+    qkv, d_out, coords = draw(device, dtype=torch.bfloat16)
+    padded = [torch.cat([t, torch.full_like(t, float("nan"))], 1) for t in (*qkv, d_out)]
+    *qkv, d_out = (t[:, : t.shape[1] // 2] for t in padded)
+    assert_good(qkv, d_out, coords)
+
+
+@pytest.mark.parametrize("tiles_of", [1, 5, 16, 17, 131, 132, 500])
+def test_the_rule_of_parts_fills_the_processors_and_no_more(tiles_of):
+    parts = choose_parts(tiles_of, 22, 132)
+    assert 1 <= parts <= 22
+    assert parts == 1 or parts * tiles_of <= 132
+    assert parts == 22 or (parts + 1) * tiles_of > 132
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_opcheck(rotated, parts, device):
+    (q, k, v), d_out, coords = draw(device, grid=(2, 3), dtype=torch.bfloat16)
+    places = (*coords, None, 0.25, [4, 6, 6], 1e4)
+    if not rotated:
+        places = (None, None, None, 0.25, [], 1e4)
+    op = torch.ops.sda_fast.rope3d_attention
+    out, lse = op(q, k, v, *places)
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(op.default, (*inputs, *places))
+    torch.library.opcheck(
+        torch.ops.sda_fast.rope3d_attention_backward.default,
+        (d_out, q, k, v, out, lse, *places),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+class CrossAttention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.queries = torch.nn.Parameter(torch.randn(TREE.num_tokens, 2, 16))
+        self.kv = torch.nn.Linear(8, 64)
+
+    def forward(self, x, q_coords, k_coords):
+        k, v = self.kv(x).unflatten(-1, (2, 2, 16)).unbind(2)
+        q = self.queries.expand(len(x), -1, -1, -1)
+        return ops.rope3d_attention(q, k, v, q_coords, k_coords).flatten(2)
+
+
+def test_compiles_whole_for_other_sizes_and_recomputes_in_a_checkpoint(device):
+    module = CrossAttention().to(device)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    again = lambda *args: checkpoint(module, *args, use_reentrant=False)
+    for h, w in ((3, 4), (5, 2)):
+        x = torch.randn(2, h * w, 8).to(device)
+        coords = TREE.token_coords(h, w).to(device), patch_coords(h, w).to(device)
+        plain, traced, recomputed = (
+            torch.autograd.grad(f(x, *coords).square().sum(), list(module.parameters()))
+            for f in (module, compiled, again)
+        )
+        torch.testing.assert_close(traced, plain)
+        for a, b in zip(recomputed, plain, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the sanitizer watches the interpreter")
+@pytest.mark.parametrize("lengths", [None, (35, 16)])
+def test_no_stray_access_no_race_and_no_atomic(lengths, parts, sizes, device):
+    qkv, d_out, coords = draw(device, dtype=torch.bfloat16)
+    counts = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    with sanitized() as report:
+        run_attention(bind(ops.rope3d_attention, coords, lengths=counts), qkv, d_out)
+    report.assert_clean()
