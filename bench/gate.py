@@ -4,6 +4,8 @@
 that knows the target sm_90a and nothing else, and reads what the assembler made: tensor core
 instructions (HGMMA, never HMMA), registers, spills, shared memory, atomics, tf32, serialised wgmma
 (C75xx). The table of all kernels is kept in results/gate.md, so that a change shows in a diff.
+It speaks of what FLUX and the adapter bring: strides that are multiples of 16 elements, and trees
+of up to five levels. Odd strides and six levels compile and are right, but may spill.
 """
 
 import json
@@ -106,6 +108,6 @@ def _page(tables: dict[str, list[Built]]) -> str:
     about = (
         "What ptxas makes of every tile for sm_90a; written by `make gate`, which fails on a "
         "spill, a missing HGMMA, an HMMA, too much shared memory, a serialised wgmma, tf32 or an "
-        "atomic."
+        "atomic. Strides are multiples of 16 elements, the tree has three levels."
     )
     return f"# Compiled kernels\n\n{about}\n\n{table(head, rows)}\n"

@@ -1,7 +1,6 @@
 """What ``bench tune`` prints: lines for csrc_triton/tiles.py, from its records alone."""
 
 import json
-import math
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
@@ -51,33 +50,29 @@ def entries(records: Sequence[Record]) -> list[str]:
 
 
 def preferred(records: Sequence[Record]) -> list[str]:
-    """Lines of ``PREFERRED``: the implementation that wins a pass, over all cases, and the times.
+    """Lines of ``Preference(...)``: what wins each pass of each case, the more special ones first.
 
     Args:
         records: of whole passes, of any cases.
     """
+    key = lambda r: (
+        r["pass"] != "forward", r["head_dim"], -r["batch_heads"], -r["num_img"], r["case"],
+    )  # fmt: skip
+    timed = [r for r in records if r["kernel"] is None and r["p50_ms"] is not None]
     lines = []
-    for direction in ("forward", "backward"):
-        timed = [
-            record
-            for record in records
-            if (record["kernel"], record["pass"]) == (None, direction)
-            and record["p50_ms"] is not None
+    for _, group in groupby(sorted(timed, key=key), key=key):
+        tried = sorted(group, key=lambda r: r["p50_ms"])
+        best = tried[0]
+        times = ", ".join(f"{r['implementation']} {r['p50_ms']:.4f} ms" for r in tried)
+        lines += [
+            "    Preference(",
+            f'        "{best["pass"]}",',
+            f'        "{best["implementation"]}",',
+            *_text(f"{_measured(best)}: {best['case']} {times}", 8),
+            *_where(best),
+            "    ),",
         ]
-        cases = _by_case(timed)
-        names = list(dict.fromkeys(name for times in cases.values() for name in times))
-        if not names:
-            continue
-        # by the geometric mean, over the cases in which all were timed
-        shared = [times for times in cases.values() if len(times) == len(names)]
-        winner = min(names, key=lambda name: sum(math.log(times[name]) for times in shared))
-        texts = [
-            f"{case}: " + ", ".join(f"{name} {ms:.4f} ms" for name, ms in times.items())
-            for case, times in cases.items()
-        ]
-        why = _text(f"{_measured(timed[0])}: {'; '.join(texts)}", 8)
-        lines += [f'    "{direction}": (', f'        "{winner}",', *why, "    ),"]
-    return ["PREFERRED = {", *lines, "}"] if lines else []
+    return lines
 
 
 def line(record: Record) -> str:
@@ -88,15 +83,6 @@ def line(record: Record) -> str:
     if record["p50_ms"] is None:
         return f"{head}{record['status']}: {record['reason']}"
     return f"{head}{record['p50_ms']:9.4f} ms{', in the table' if record.get('current') else ''}"
-
-
-def _by_case(timed: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """Milliseconds by implementation of each case and D, in the order of the records."""
-    found: dict[str, dict[str, float]] = {}
-    for record in timed:
-        times = found.setdefault(f"{record['case']} D={record['head_dim']}", {})
-        times[record["implementation"]] = record["p50_ms"]
-    return found
 
 
 def _standing(tried: Iterable[Record], number: int) -> str:
@@ -111,16 +97,23 @@ def _standing(tried: Iterable[Record], number: int) -> str:
 
 def _entry(best: Record, before: str) -> list[str]:
     measured = f"{_measured(best)}: {best['case']} {best['p50_ms']:.4f} ms, before {before}"
-    holds = f"{(best['head_dim'],)}, min_img={best['num_img']}, min_batch_heads="
     return [
         "    Entry(",
         f'        "{best["kernel"]}",',
         f"        {_tile(best)},",
         *_text(measured, 8),
         f'        "{best["implementation"]}",',
-        *([] if best["dtype"] in HALF else [f"        dtypes=(torch.{best['dtype']},),"]),
-        f"        head_dims={holds}{best['batch_heads']},",
+        *_where(best),
         "    ),",
+    ]
+
+
+def _where(best: Record) -> list[str]:
+    """From which sizes on a choice holds."""
+    sizes = f"min_img={best['num_img']}, min_batch_heads={best['batch_heads']}"
+    return [
+        *([] if best["dtype"] in HALF else [f"        dtypes=(torch.{best['dtype']},),"]),
+        f"        head_dims={(best['head_dim'],)}, {sizes},",
     ]
 
 

@@ -16,7 +16,7 @@ TO_TXT, TO_IMG, AS_KEY = range(3)
 """The roles of a token, in the order of the tables of bits."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TileLists:
     """The work of each program of one kernel, on the device.
 

@@ -90,14 +90,40 @@ class Entry:
 
     def holds(self, kernel: str, implementation: str, problem: Problem) -> bool:
         """Whether this entry speaks of the kernel, the implementation and the problem."""
-        return (
-            self.kernel == kernel
-            and self.implementation in (None, implementation)
-            and problem.dtype in self.dtypes
-            and problem.head_dim in self.head_dims
-            and problem.num_img >= self.min_img
-            and problem.batch_heads >= self.min_batch_heads
-        )
+        named = self.kernel == kernel and self.implementation in (None, implementation)
+        return named and _within(self, problem)
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """What "auto" takes and where it holds; of several that hold, the first counts.
+
+    Attributes:
+        direction: "forward" or "backward".
+        implementation: one of IMPLEMENTATIONS.
+        chosen_by: the measurement, or what stood in for one.
+        dtypes: where it holds.
+        head_dims: where it holds.
+        min_img: holds from this many img tokens on.
+        min_batch_heads: holds from this B * H on.
+    """
+
+    direction: str
+    implementation: str
+    chosen_by: str
+    dtypes: tuple[torch.dtype, ...] = HALF
+    head_dims: tuple[int, ...] = HEAD_DIMS
+    min_img: int = 0
+    min_batch_heads: int = 0
+
+
+def _within(choice: Entry | Preference, problem: Problem) -> bool:
+    return (
+        problem.dtype in choice.dtypes
+        and problem.head_dim in choice.head_dims
+        and problem.num_img >= choice.min_img
+        and problem.batch_heads >= choice.min_batch_heads
+    )
 
 
 GATE = "not timed yet; the widest tile that the compile gate passes for sm_90a without a spill"
@@ -124,19 +150,21 @@ ROPE3D_ENTRIES: tuple[Entry, ...] = (
 )
 """Tiles of attention with rotated queries and keys, by the padded head dim."""
 
-PREFERRED = {
-    "forward": ("fused", "not timed yet; exact on every device and with every rule"),
-    "backward": ("fused", "not timed yet; deterministic without a global switch"),
-}
-"""The implementation that "auto" takes in each pass, and the measurement behind it."""
+PREFERRED: tuple[Preference, ...] = (
+    Preference("forward", "fused", "not timed yet; serves every rule", dtypes=DTYPES),
+    Preference("backward", "fused", "not timed yet; serves every rule", dtypes=DTYPES),
+)
+"""What "auto" takes."""
 
 _forced: dict[str, Tile] = {}
 
 
 def choose_implementation(direction: str, problem: Problem) -> str:
     """The implementation that "auto" takes for a pass, "forward" or "backward"."""
-    del problem  # until a measurement tells where the other one wins
-    return PREFERRED[direction][0]
+    for choice in PREFERRED:
+        if choice.direction == direction and _within(choice, problem):
+            return choice.implementation
+    return IMPLEMENTATIONS[0]
 
 
 def choose_tile(kernel: str, implementation: str, problem: Problem) -> Tile:

@@ -35,7 +35,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
 
 def evaluated(lines):
     """What the printed lines mean where they are pasted."""
-    names = {"Entry": Entry, "Tile": Tile, "torch": torch}
+    names = {"Entry": Entry, "Preference": tiles.Preference, "Tile": Tile, "torch": torch}
     return eval("(" + "\n".join(lines) + ")", names)
 
 
@@ -92,14 +92,14 @@ def test_what_is_printed_can_be_pasted(small):
         for part in (f"torch {torch.__version__}", "triton", "commit", best["case"], "before"):
             assert part in entry.chosen_by
         assert f" {best['p50_ms']:.4f} ms" in entry.chosen_by
-    names = {}
-    exec(rest, names)
-    assert names["PREFERRED"].keys() == tiles.PREFERRED.keys()
-    for direction, (implementation, why) in names["PREFERRED"].items():
+    choices = evaluated(rest.splitlines())
+    assert [choice.direction for choice in choices] == ["forward", "backward"]
+    for choice in choices:
         times = {r["implementation"]: r["p50_ms"] for r in records
-                 if (r["pass"], r["kernel"]) == (direction, None)}  # fmt: skip
-        assert implementation == min(times, key=times.get)
-        assert SMALL[0].name in why
+                 if (r["pass"], r["kernel"]) == (choice.direction, None)}  # fmt: skip
+        assert choice.implementation == min(times, key=times.get)
+        assert choice.dtypes == (torch.float32,)
+        assert SMALL[0].name in choice.chosen_by
 
 
 def tuning(**options):
@@ -295,21 +295,22 @@ def test_the_last_round_decides():
     assert entries([record("dq", None, status="failed")]) == []
 
 
-def test_the_preferred_implementation_wins_over_all_cases():
-    """It is 1 % slower where it loses and 10 % faster where it wins; a case without both is told
-    but does not count."""
-    times = {"a": {"fused": 10.0, "split": 10.1}, "b": {"fused": 1.1, "split": 1.0}}
+def test_auto_takes_what_won_each_case(monkeypatch):
+    times = {1024: {"fused": 1.0, "split": 1.1}, 16384: {"fused": 1.1, "split": 1.0}}
     found = [
-        record(None, ms, case, implementation=name)
-        for case, both in (*times.items(), ("c", {"fused": 0.001}))
+        record(None, ms, f"case{num_img}", implementation=name, num_img=num_img)
+        for num_img, both in times.items()
         for name, ms in both.items()
     ]
-    names = {}
-    exec("\n".join(preferred(found)), names)
-    [(direction, (winner, why))] = names["PREFERRED"].items()
-    assert (direction, winner) == ("forward", "split")
-    assert "a D=128: fused 10.0000 ms, split 10.1000 ms; b D=128: fused 1.1000 ms" in why
-    assert why.endswith("c D=128: fused 0.0010 ms")
+    pasted = evaluated(preferred(found))
+    assert [choice.min_img for choice in pasted] == [16384, 1024]
+    assert "case16384 split 1.0000 ms, fused 1.1000 ms" in pasted[0].chosen_by
+    monkeypatch.setattr(tiles, "PREFERRED", (*pasted, *tiles.PREFERRED))
+    sizes = {512: "fused", 1024: "fused", 4096: "fused", 16384: "split", 65536: "split"}
+    for num_img, winner in sizes.items():
+        problem = Problem(torch.bfloat16, 128, 128, num_img, 24)
+        assert tiles.choose_implementation("forward", problem) == winner
+        assert tiles.choose_implementation("backward", problem) == "fused"
     assert preferred([]) == []
 
 

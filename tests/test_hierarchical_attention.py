@@ -338,8 +338,13 @@ BAD = [
     ({"out": lambda _: torch.zeros(1, 2)}, r"out must be like q .* got \(\(1, 2\)"),
     (
         {"out": lambda _: torch.zeros(1).expand(SMALL.shape)},
-        "out must have a last stride of 1 and no stride of 0",
+        "out must have a last stride of 1 and not overlap itself",
     ),
+    (
+        {"out": lambda _: torch.zeros(9999).as_strided(SMALL.shape, (0, 8, 16, 1))},
+        "out must have a last stride of 1 and not overlap itself",
+    ),
+    ({"scale": lambda _: 1e39}, "scale must be a positive finite number, got 1e"),
     (
         {"q": lambda t: t.requires_grad_(), "out": lambda _: torch.zeros(SMALL.shape)},
         "out has no backward",
@@ -357,8 +362,20 @@ def test_refuses(change, message):
         ops.hierarchical_attention(**bad)
 
 
+@pytest.mark.parametrize("shared", range(3))
+def test_out_in_the_memory_of_an_input_is_refused(shared):
+    qkv = draw(SMALL)[0]
+    op = SMALL.bind(ops.hierarchical_attention, out=qkv[shared])
+    with pytest.raises(ValueError, match="out must not share its memory with q, k or v"):
+        op(*qkv)
+
+
 def test_one_message_lists_every_reason():
     q, k, v = draw(SMALL)[0]
+    with pytest.raises(ValueError, match="k must have the dtype") as error:
+        SMALL.bind(ops.hierarchical_attention)(q[:, 1:], k[:, 2:].half(), v[:, 2:])
+    for words in ("q must have S = 43", "got S = 42", "k must have S = 43", "got S = 41"):
+        assert words in str(error.value)
     with pytest.raises(ValueError, match="hierarchical_attention: ") as error:
         ops.hierarchical_attention(q, k.half(), v, SMALL.tree, 0, 3, "all", extra_text=-2)
     for words in ("k must have the dtype", "h must", "rule must", "extra_text must"):

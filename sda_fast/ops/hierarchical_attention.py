@@ -92,7 +92,9 @@ def hierarchical_attention(
     CUDA tensors run the Triton kernels; nothing of size S x S is made. CPU tensors run them too
     where Triton's interpreter is on and they take such tensors, else torch's attention with the
     mask, which computes bf16 and fp16 in float32. A CUDA graph may be captured once the same sizes
-    have run. A NaN in v may reach rows that do not see it, as under any dense mask.
+    have run. A NaN in k, v or the output's gradient may reach rows and keys that do not see it, as
+    under any dense mask. Under "fused" a sample alone gives the bits that it gives in a batch; the
+    vendors' kernels of "split" may choose by the batch.
 
     Args:
         q: [B, S, H, D]; last stride 1, the others free. The kernels take bf16, fp16 and fp32 and D
@@ -114,7 +116,7 @@ def hierarchical_attention(
         deterministic: the backward gives the same bits at every call. False lets "split" take a
             vendor kernel that does not.
         out: write the result here instead: [B, S, H, D], dtype of q, last stride 1, the others
-            free. It has no backward.
+            free, in memory that q, k and v do not share. It has no backward.
 
     Returns:
         out [B, S, H, D], contiguous if not given, dtype of q; with return_lse also lse [B, H, S],
@@ -127,10 +129,8 @@ def hierarchical_attention(
     q, k, v = cast_for_autocast(q, k, v)
     faults = qkv_faults(q, k, v) + _layout_faults(tree, h, w, rule, extra_text)
     faults += _option_faults(tree, isolate_level, source)
+    faults += _length_faults(q, k, tree, h, w, extra_text, source)
     faults += _choice_faults(q, scale, rule, implementation) + _out_faults(out, q, k, v)
-    if not faults:
-        length = tree.num_tokens + extra_text + h * w + (source[0] * source[1] if source else 0)
-        faults = _length_faults(q, k, length)
     refuse(NAME, faults)
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(f"{NAME} runs on CPU and CUDA tensors, got {q.device}")
@@ -308,13 +308,27 @@ def _out_faults(out: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> list[str
             f"out must be like q ({tuple(q.shape)}, {q.dtype}, {q.device}), "
             f"got ({tuple(out.shape)}, {out.dtype}, {out.device})"
         )
-    strides = out.stride()
-    spread = any(s == 0 and n > 1 for s, n in zip(strides, out.shape, strict=True))
-    if strides[-1:] != (1,) or spread:
-        faults.append(f"out must have a last stride of 1 and no stride of 0, got {strides}")
+    if out.stride()[-1:] != (1,) or _overlaps_itself(out):
+        faults.append(
+            f"out must have a last stride of 1 and not overlap itself, got strides {out.stride()}"
+        )
+    if any(out.untyped_storage()._cdata == t.untyped_storage()._cdata for t in (q, k, v)):
+        faults.append(
+            "out must not share its memory with q, k or v: they are read while it is written"
+        )
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, out)):
         faults.append("out has no backward: it needs q, k, v and out that require no gradient")
     return faults
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    """Whether two elements may lie in one place; False for every usual view."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def _layout_faults(tree: Hierarchy, h: int, w: int, rule: str, extra_text: int) -> list[str]:
@@ -329,12 +343,19 @@ def _layout_faults(tree: Hierarchy, h: int, w: int, rule: str, extra_text: int) 
     return faults
 
 
-def _length_faults(q: Tensor, k: Tensor, length: int) -> list[str]:
+def _length_faults(
+    q: Tensor, k: Tensor, tree: Hierarchy, h: int, w: int, extra_text: int,
+    source: tuple[int, int] | None,
+) -> list[str]:  # fmt: skip
+    """Whether S fits, where tree and sizes are such that it can be told."""
+    if _layout_faults(tree, h, w, RULES[0], extra_text) or _option_faults(tree, None, source):
+        return []
+    length = tree.num_tokens + extra_text + h * w + (source[0] * source[1] if source else 0)
     return [
         f"{name} must have S = {length}: positions, extra text, h*w image and source tokens; "
         f"got S = {t.shape[1]}"
         for name, t in (("q", q), ("k", k))
-        if t.shape[1] != length
+        if t.ndim == 4 and t.shape[1] != length
     ]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+LARGEST = torch.finfo(torch.float32).max
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -14,7 +15,13 @@ def cast_for_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     """Cast to autocast's dtype where autocast is on, as torch's own attention does.
 
     Autocast does not reach custom operators by itself. float64 stays, as everywhere in autocast.
+
+    Raises:
+        TypeError: one of them is no tensor.
     """
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     device = q.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return q, k, v
@@ -88,6 +95,11 @@ def kernel_faults(
             "q must be on a CUDA device for the kernels, got cpu; Triton's own switch "
             "TRITON_INTERPRET=1 runs them on the CPU, slowly"
         )
+    elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and not _interprets_bfloat16():
+        faults.append(
+            "q must be float16 or float32 in Triton's interpreter, which gets bfloat16 wrong, "
+            f"got {q.dtype}"
+        )
     # a fake tensor may be on a device that is not here
     if q.device.type == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(q.device)
@@ -111,9 +123,15 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def _interprets_bfloat16() -> bool:
+    from csrc_triton.interpreter import bfloat16_is_right
+
+    return bfloat16_is_right()
+
+
 def scale_faults(scale: float | None) -> list[str]:
     """Why the kernels, which take the maximum before they scale, cannot take a scale."""
-    if scale is None or 0 < scale < float("inf"):
+    if scale is None or 0 < scale <= LARGEST:
         return []
     return [f"scale must be a positive finite number, got {scale}"]
 

@@ -10,19 +10,25 @@ a run shows some tokens the union of its sets and every token their intersection
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from csrc_triton.tile_lists import AS_KEY, TO_IMG, TO_TXT, TileLists
 from csrc_triton.tiles import Tile
 from sda_fast.hierarchy import Hierarchy
 
-CACHED = 64  # lists kept; of 512 to 2048 px pictures they take 10 to 250 KB each
+CACHED = 64  # lists kept; of 512 to 2048 px pictures they take 5 to 150 KB each
 ALIGN = 16  # bytes: tables begin at multiples of it, so that a kernel is compiled once for all
 TORCH = {4: torch.int32, 8: torch.int64}  # by bytes
+
+
+Sizes = tuple[int, int, int]
+"""Tokens of a tile, of a step of its dense range and of a masked block."""
 
 
 @dataclass(frozen=True)
@@ -144,18 +150,20 @@ def query_lists(layout: Layout, tile: Tile, beyond_dense: bool, device: torch.de
     Raises:
         RuntimeError: a CUDA graph is being captured and the lists are not there yet.
     """
-    sizes = tile.block_m, tile.block_n, tile.block_masked
+    sizes = _sizes(tile.block_m, tile.block_n, tile)
     return _kept(_query_lists, layout, sizes, beyond_dense, device)
 
 
 def key_lists(layout: Layout, tile: Tile, beyond_dense: bool, device: torch.device) -> TileLists:
     """Lists of the kernel that owns tiles of keys: the transpose of ``query_lists``."""
-    sizes = tile.block_n, tile.block_m, tile.block_masked
+    sizes = _sizes(tile.block_n, tile.block_m, tile)
     return _kept(_key_lists, layout, sizes, beyond_dense, device)
 
 
-Sizes = tuple[int, int, int]
-"""Tokens of a tile, of a step of its dense range and of a masked block."""
+def _sizes(owned: int, step: int, tile: Tile) -> Sizes:
+    if step % tile.block_masked:
+        raise ValueError(f"block_masked must divide the {step} tokens of a step, got {tile}")
+    return owned, step, tile.block_masked
 
 
 @lru_cache(maxsize=CACHED)
@@ -299,20 +307,35 @@ def _on_device(
     packed = np.zeros(starts[-1], np.uint8)
     for start, table in zip(starts, tables, strict=False):
         packed[start : start + table.nbytes] = np.frombuffer(table.tobytes(), np.uint8)
-    # inference_mode would mark tensors that outlive it
-    with torch.inference_mode(False):
-        moved = torch.from_numpy(packed).to(device)
-        views = [
-            moved[start : start + table.nbytes].view(TORCH[table.itemsize]).view(table.shape)
-            for start, table in zip(starts, tables, strict=False)
-        ]
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # other streams will read them too
+    moved = _moved(packed, device)
+    views = [
+        moved[start : start + table.nbytes].view(TORCH[table.itemsize]).view(table.shape)
+        for start, table in zip(starts, tables, strict=False)
+    ]
     has_blocks, has_dense = (any(row[i] < row[i + 1] for row in tiles) for i in (4, 6))
     shape, row_bits, col_bits, records, listed = views
     return TileLists(
         shape, row_bits, col_bits, records, listed, has_blocks, has_dense, packed.nbytes
     )
+
+
+def _moved(packed: np.ndarray, device: torch.device) -> Tensor:
+    """The bytes on the device, in memory that belongs to its default stream and to no graph."""
+    if device.type != "cuda":
+        # inference_mode would mark tensors that outlive it
+        with torch.inference_mode(False):
+            return torch.from_numpy(packed).to(device)
+
+    def move() -> Tensor:
+        with torch.cuda.device(device):
+            moved = torch.from_numpy(packed).to(device)
+            torch.cuda.current_stream().synchronize()  # other streams will read it too
+            return moved
+
+    # warm-ups of torch.compile's CUDA graphs send what this thread allocates to a pool of theirs,
+    # and count what stays there; another thread has neither that nor inference_mode
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(move).result()
 
 
 _captured: dict[int, TileLists] = {}  # those that CUDA graphs read must never be freed
@@ -322,6 +345,9 @@ def _kept(build: Callable[..., TileLists], *key: object) -> TileLists:
     lists = build(*key)
     if _capturing():
         _captured[id(lists)] = lists
+    elif lists.entries.is_cuda:
+        # when the cache drops them, their memory must wait for the kernels of this stream
+        lists.entries.record_stream(torch.cuda.current_stream(lists.entries.device))
     return lists
 
 

@@ -5,8 +5,9 @@ then the gradients it returns are the exact share of the keys it was given, sinc
 p_ij = exp(s_ij - lse_i) and delta_i = <dO_i, O_i> are the only things it takes from them.
 """
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ def vendor_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     if q.device.type == "cpu":
         out, lse = cpu_attention.attention_forward(q, k, v, None, scale)
         return out.to(q.dtype), lse
-    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
-    if takes_cudnn(q):
+    heads_first = [_aligned(t).transpose(1, 2) for t in (q, k, v)]
+    if takes_cudnn(q, k):
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
             *heads_first, None, True, 0.0, False, False, scale=scale
         )
@@ -67,20 +68,24 @@ def vendor_backward(
     Returns:
         dq, dk and dv, [B, ·, H, D] in the dtype of q.
     """
-    q, k, v = qkv
+    q, k, _ = qkv
     if q.device.type == "cpu":
         grads = cpu_attention.attention_backward(d_out, qkv, out.to(q.dtype), lse, None, scale)
         dq, dk, dv = (g.to(q.dtype) for g in grads)
         return dq, dk, dv
-    tensors = [t.transpose(1, 2) for t in (d_out, q, k, v, out)]
     no_seed = torch.zeros((), dtype=torch.int64, device=q.device)
     sizes = q.shape[1], k.shape[1], 0.0, False
-    if takes_cudnn(q) and not deterministic:
+    cudnn = takes_cudnn(q, k) and not deterministic
+    # some releases of torch plan cuDNN's backward once for all strides of d_out and out
+    given = [t.contiguous() if cudnn else _aligned(t) for t in (d_out, out)]
+    grad, result = (t.transpose(1, 2) for t in given)
+    tensors = grad, *(_aligned(t).transpose(1, 2) for t in qkv), result
+    if cudnn:
         grads: Any = aten._scaled_dot_product_cudnn_attention_backward(
             *tensors, lse[..., None], no_seed, no_seed, None, None, None, *sizes, scale=scale
         )
     else:
-        with _deterministic(deterministic):
+        with _deterministic() if deterministic else nullcontext():
             grads = aten._scaled_dot_product_flash_attention_backward(
                 *tensors, lse, None, None, *sizes, no_seed, no_seed, scale=scale
             )
@@ -88,23 +93,42 @@ def vendor_backward(
     return dq, dk, dv
 
 
-def takes_cudnn(q: Tensor) -> bool:
-    """Whether cuDNN's kernel is there and the faster one: from Hopper on (design figures)."""
+def takes_cudnn(q: Tensor, k: Tensor) -> bool:
+    """Whether cuDNN's kernel is there and the faster one: from Hopper on (design figures).
+
+    torch itself keeps sequences of one token from it.
+    """
     hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
-    return hopper and torch.backends.cudnn.is_available()
+    return hopper and torch.backends.cudnn.is_available() and min(q.shape[1], k.shape[1]) > 1
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """t, or a copy: the vendors' kernels read 16 bytes at a time and do not check."""
+    step = 16 // t.element_size()
+    whole = all(s % step == 0 for s, n in zip(t.stride()[:-1], t.shape, strict=False) if n > 1)
+    return t if whole and t.data_ptr() % 16 == 0 else t.contiguous()
+
+
+_switch = threading.Lock()
 
 
 @contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    """torch's switch, which the flash backward reads when it is called; as before on leaving."""
-    before = torch.are_deterministic_algorithms_enabled()
-    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+def _deterministic() -> Iterator[None]:
+    """torch's switch, which the flash backward reads when it is called; as before on leaving.
+
+    It is the whole process's, and autograd has a thread a GPU: one backward at a time. Set at its
+    root, since torch's own function changes the compiler's setting too.
+    """
     settings: Any = torch.utils.deterministic
-    fill = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(wanted or before, warn_only=only_warn)
-    settings.fill_uninitialized_memory = fill and before
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=only_warn)
-        settings.fill_uninitialized_memory = fill
+    with _switch:
+        before = torch.are_deterministic_algorithms_enabled()
+        only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+        fill = settings.fill_uninitialized_memory
+        # with warn_only the flash backward stays as it is
+        torch._C._set_deterministic_algorithms(True, warn_only=False)
+        settings.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch._C._set_deterministic_algorithms(before, warn_only=only_warn)
+            settings.fill_uninitialized_memory = fill
