@@ -63,6 +63,7 @@ class QFormer(nn.Module):
                 f"num_heads must divide width into a head dim that is a multiple of {unit}, "
                 f"got {num_heads} and {width}"
             )
+        self.num_heads = num_heads
         self.cross_attention_rope = cross_attention_rope
         self.self_attention_rope = self_attention_rope
         self.gradient_checkpointing = False
@@ -71,6 +72,8 @@ class QFormer(nn.Module):
         self.queries = nn.Parameter(torch.randn(num_queries, width))
         self.norm_patches = nn.LayerNorm(width)
         reads = [i % cross_attention_every == 0 for i in range(num_layers)]
+        # of all layers that read the patches, one after the other: one product for all of them
+        self.to_kv = _linear(width, sum(reads) * 2 * width)
         # the branches together add as much variance as the queries bring
         gain = (2 * num_layers + sum(reads)) ** -0.5
         self.layers = nn.ModuleList(
@@ -92,12 +95,16 @@ class QFormer(nn.Module):
         patches = self.norm_patches(patches)
         x = self.queries.expand(patches.shape[0], -1, -1)
         self_coords = q_coords if self.self_attention_rope else None
-        cross_coords = (q_coords, k_coords) if self.cross_attention_rope else (None, None)
+        coords = self_coords, *((q_coords, k_coords) if self.cross_attention_rope else (None, None))
+        head_dim = x.shape[-1] // self.num_heads
+        kv = self.to_kv(patches).unflatten(-1, (-1, 2, self.num_heads, head_dim))
+        of_layers = iter(kv.unbind(2))
         for layer in self.layers:
+            read = next(of_layers) if layer.cross_attention is not None else None
             if self.gradient_checkpointing and self._gradient_checkpointing_func is not None:
-                x = self._gradient_checkpointing_func(layer, x, patches, self_coords, *cross_coords)
+                x = self._gradient_checkpointing_func(layer, x, read, *coords)
             else:
-                x = layer(x, patches, self_coords, *cross_coords)
+                x = layer(x, read, *coords)
         return self.norm_out(x)
 
 
@@ -125,15 +132,23 @@ class QFormerLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        patches: Tensor,
+        kv: Tensor | None,
         self_coords: Tensor | None,
         q_coords: Tensor | None,
         k_coords: Tensor | None,
     ) -> Tensor:
-        """x [B, N, C], patches [B, S, C] -> [B, N, C]; coords [N or S, 3] f32, None rotates not."""
+        """[B, N, C] -> [B, N, C].
+
+        Args:
+            x: [B, N, C].
+            kv: [B, S, 2, H, D] keys and values of the patches; None for a layer that reads none.
+            self_coords: [N, 3] f32 for the self-attention; None rotates not.
+            q_coords: [N, 3] f32 for the cross-attention, likewise.
+            k_coords: [S, 3] f32, likewise.
+        """
         x = x + self.self_attention(self.norm_self(x), self_coords)
-        if self.cross_attention is not None and self.norm_cross is not None:
-            x = x + self.cross_attention(self.norm_cross(x), patches, q_coords, k_coords)
+        if self.cross_attention is not None and self.norm_cross is not None and kv is not None:
+            x = x + self.cross_attention(self.norm_cross(x), kv, q_coords, k_coords)
         return x + self.feed_forward(self.norm_feed_forward(x))
 
 
@@ -176,18 +191,16 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.to_q = _linear(width, width)
-        self.to_kv = _linear(width, 2 * width)
         self.norm_q = RMSNorm(width // num_heads)
         self.norm_k = RMSNorm(width // num_heads)
         self.to_out = _linear(width, width, gain)
 
     def forward(
-        self, x: Tensor, patches: Tensor, q_coords: Tensor | None, k_coords: Tensor | None
+        self, x: Tensor, kv: Tensor, q_coords: Tensor | None, k_coords: Tensor | None
     ) -> Tensor:
-        """x [B, N, C], patches [B, S, C] -> [B, N, C]; coords [N or S, 3] f32, None rotates not."""
+        """x [B, N, C], kv [B, S, 2, H, D] -> [B, N, C]; coords [N or S, 3] f32 rotate, None not."""
         q = rearrange(self.to_q(x), "b n (h d) -> b n h d", h=self.num_heads)
-        kv = rearrange(self.to_kv(patches), "b s (two h d) -> two b s h d", two=2, h=self.num_heads)
-        k, v = kv.unbind(0)
+        k, v = kv.unbind(2)
         return self.to_out(_attend(self.norm_q(q), self.norm_k(k), v, q_coords, k_coords))
 
 
@@ -212,11 +225,8 @@ def _attend(
 ) -> Tensor:
     """[B, S, H, D] each -> [B, N, H * D]."""
     if q_coords is None or k_coords is None:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    else:
-        out = rope3d_attention(q, k, v, q_coords, k_coords)
-    return out.flatten(2)
+        q_coords = k_coords = None
+    return rope3d_attention(q, k, v, q_coords, k_coords).flatten(2)
 
 
 def _linear(in_features: int, out_features: int, gain: float = 1.0) -> nn.Linear:

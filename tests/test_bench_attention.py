@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from bench.__main__ import main as bench
-from bench.attention import PASSES, Attention, run
+from bench.attention import Attention
 from bench.cases import CASES, FLUX, GOALS, SMALL, Case, select
 from bench.check import NAMES, yardstick
 from bench.cost import allowed_pairs, attention_bytes, attention_flops
 from bench.measure import Deadline, attention_step
 from bench.records import read_records
-from bench.variants import VARIANTS, Ready, Unavailable, Variant, dense_mask, mask_mod
+from bench.suite import PASSES, Unavailable, run
+from bench.variants import VARIANTS, Ready, Variant, dense_mask, mask_mod
 from sda_fast import reference
 from sda_fast.hierarchy import RULES, Hierarchy
 

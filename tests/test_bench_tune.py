@@ -13,11 +13,11 @@ from triton.runtime.errors import OutOfResources
 from bench import attempts, tune
 from bench.__main__ import main as bench
 from bench.attempts import Attempt, Turns, run
-from bench.attention import DeviceLost
 from bench.cases import CASES, SMALL, Case, select
 from bench.circumstances import circumstances
 from bench.measure import Deadline, attention_step
 from bench.records import read_records
+from bench.suite import DeviceLost
 from bench.tune import NARROW_SWEEP, SWEEP, Subject, Tuning, chosen, shapes, with_masked
 from bench.tune_table import entries, fastest, line, preferred
 from csrc_triton import joint_attention, joint_attention_backward, tiles

@@ -288,21 +288,6 @@ def test_a_fake_cuda_tensor_only_infers():
     assert (out.shape, out.device.type, lse.device.type) == (SMALL.shape, "cuda", "cuda")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_out_is_written_in_place_between_the_columns_of_a_wider_buffer(dtype):
-    case = CASES["extra-text-and-source"]
-    (q, k, v), _ = draw(case, dtype=dtype)
-    expected, lse = case.bind(ops.hierarchical_attention)(q, k, v)
-    batch, length, heads, head_dim = case.shape
-    buffer = torch.full((batch, length, heads * head_dim + 8), 7.0, dtype=dtype)
-    out = buffer[..., 8:].unflatten(-1, (heads, head_dim))
-    got, got_lse = case.bind(ops.hierarchical_attention, out=out)(q, k, v)
-    assert got is out
-    assert torch.equal(out, expected)
-    assert torch.equal(got_lse, lse)
-    assert (buffer[..., :8] == 7).all()
-
-
 BAD = [
     ({"k": lambda t: t.half()}, r"k must have the dtype of q, torch.float32, got torch.float16"),
     ({"v": lambda t: t.to("meta")}, "v must be on the device of q, cpu, got meta"),
@@ -338,11 +323,11 @@ BAD = [
     ({"out": lambda _: torch.zeros(1, 2)}, r"out must be like q .* got \(\(1, 2\)"),
     (
         {"out": lambda _: torch.zeros(1).expand(SMALL.shape)},
-        "out must have a last stride of 1 and not overlap itself",
+        "out must have a last stride of 1 and no other below D",
     ),
     (
         {"out": lambda _: torch.zeros(9999).as_strided(SMALL.shape, (0, 8, 16, 1))},
-        "out must have a last stride of 1 and not overlap itself",
+        "out must have a last stride of 1 and no other below D",
     ),
     ({"scale": lambda _: 1e39}, "scale must be a positive finite number, got 1e"),
     (
@@ -360,14 +345,6 @@ def test_refuses(change, message):
     bad = good | {name: f(good.get(name)) for name, f in change.items()}
     with pytest.raises(ValueError, match=message):
         ops.hierarchical_attention(**bad)
-
-
-@pytest.mark.parametrize("shared", range(3))
-def test_out_in_the_memory_of_an_input_is_refused(shared):
-    qkv = draw(SMALL)[0]
-    op = SMALL.bind(ops.hierarchical_attention, out=qkv[shared])
-    with pytest.raises(ValueError, match="out must not share its memory with q, k or v"):
-        op(*qkv)
 
 
 def test_one_message_lists_every_reason():

@@ -116,7 +116,7 @@ def hierarchical_attention(
         deterministic: the backward gives the same bits at every call. False lets "split" take a
             vendor kernel that does not.
         out: write the result here instead: [B, S, H, D], dtype of q, last stride 1, the others
-            free, in memory that q, k and v do not share. It has no backward.
+            free; not in elements of q, k or v. It has no backward.
 
     Returns:
         out [B, S, H, D], contiguous if not given, dtype of q; with return_lse also lse [B, H, S],
@@ -202,6 +202,7 @@ def _forward_out(
     layout = Layout(
         tuple(tokens_per_node), h, w, rule, extra_text, isolate_level, tuple(source)
     )  # fmt: skip
+    refuse(NAME, _memory_faults(out, q, k, v))  # a traced tensor has no memory to look at
     if _takes_kernels(q, implementation, rule):
         with on_device_of(q):
             return joint_kernels.forward((q, k, v), out, layout, scale, implementation)
@@ -308,27 +309,44 @@ def _out_faults(out: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> list[str
             f"out must be like q ({tuple(q.shape)}, {q.dtype}, {q.device}), "
             f"got ({tuple(out.shape)}, {out.dtype}, {out.device})"
         )
-    if out.stride()[-1:] != (1,) or _overlaps_itself(out):
+    thin = [st for st, n in zip(out.stride(), out.shape, strict=True) if n > 1][:-1]
+    if out.stride()[-1:] != (1,) or any(stride < out.shape[-1] for stride in thin):
         faults.append(
-            f"out must have a last stride of 1 and not overlap itself, got strides {out.stride()}"
+            f"out must have a last stride of 1 and no other below D, got strides {out.stride()}"
         )
-    if any(out.untyped_storage()._cdata == t.untyped_storage()._cdata for t in (q, k, v)):
-        faults.append(
-            "out must not share its memory with q, k or v: they are read while it is written"
-        )
+    if not torch.compiler.is_compiling():
+        faults += _memory_faults(out, q, k, v)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, out)):
         faults.append("out has no backward: it needs q, k, v and out that require no gradient")
     return faults
 
 
-def _overlaps_itself(t: Tensor) -> bool:
-    """Whether two elements may lie in one place; False for every usual view."""
-    reach = 0
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return True
-        reach += (size - 1) * stride
-    return False
+def _memory_faults(out: Tensor, *inputs: Tensor) -> list[str]:
+    if out.ndim == 4 and any(t.ndim == 4 and _may_overlap(out, t) for t in inputs):
+        return ["out must not share memory with q, k or v: both are in use at once"]
+    return []
+
+
+def _may_overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two [B, S, H, D] views may have an element in common.
+
+    Told apart are other storages, other ranges of one, and other columns of the same rows.
+    """
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    low, start = int(a.storage_offset()), int(b.storage_offset())
+    high, stop = low + _reach(a, range(4)), start + _reach(b, range(4))
+    if high < start or stop < low:
+        return False
+    row = a.stride(1)
+    within = [dim for dim in (0, 2, 3) if a.stride(dim) < row]
+    width, apart = _reach(a, within) + 1, abs(low - start) % max(row, 1)
+    return a.stride() != b.stride() or not width <= apart <= row - width
+
+
+def _reach(t: Tensor, dims: Sequence[int]) -> int:
+    """Offset of the last element along some dimensions from the first."""
+    return sum((t.shape[dim] - 1) * t.stride(dim) for dim in dims)
 
 
 def _layout_faults(tree: Hierarchy, h: int, w: int, rule: str, extra_text: int) -> list[str]:
