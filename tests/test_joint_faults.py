@@ -3,14 +3,11 @@
 A test of the tests: each fault must be noticed by one of the checks that the kernels pass.
 """
 
-import importlib.util
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 
-import csrc_triton
 from csrc_triton import joint_attention, joint_attention_backward
 from csrc_triton.tiles import Tile, forced
 from sda_fast import ops, reference
@@ -19,13 +16,13 @@ from sda_fast.ops import joint_lists
 from .attention_cases import Case, draw, sliced
 from .interpreter.sanitizer import sanitized
 from .numerics import assert_attention, run_attention
+from .planting import plant
 
 pytestmark = [
     pytest.mark.usefixtures("kernels"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="faults are planted in the interpreter"),
 ]
 
-SOURCES = Path(csrc_triton.__file__).parent
 KERNELS = ("primitives", "joint_attention", "joint_attention_backward")
 LAUNCHERS = {
     joint_attention: ("launch_joint_attention",),
@@ -118,36 +115,10 @@ CHECKS = [
 ]
 
 
-def load(name: str, text: str, folder: Path):
-    """A module of csrc_triton from another text, in the place of the right one."""
-    path = folder / f"{name}.py"
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location(f"csrc_triton.{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def spoil(monkeypatch, tmp_path):
     """Put a wrong word into one kernel file; everything goes through the spoilt kernels then."""
-
-    def apply(file: str, right: str, wrong: str) -> None:
-        for name in KERNELS:
-            monkeypatch.setitem(sys.modules, f"csrc_triton.{name}", None)
-        for name in KERNELS:
-            text = (SOURCES / f"{name}.py").read_text()
-            if name == file:
-                assert right in text, f"{file} does not hold {right!r}"
-                text = text.replace(right, wrong)
-            spoilt = load(name, text, tmp_path)
-            for module, launchers in LAUNCHERS.items():
-                if module.__name__ == f"csrc_triton.{name}":
-                    for launcher in launchers:
-                        monkeypatch.setattr(module, launcher, getattr(spoilt, launcher))
-
-    return apply
+    return partial(plant, monkeypatch, tmp_path, KERNELS, LAUNCHERS)
 
 
 def noticed() -> bool:

@@ -1,0 +1,106 @@
+"""Faults planted in the kernels of rotated attention: each must be noticed by a check they pass."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from csrc_triton import rope3d_attention, rope3d_attention_backward
+from csrc_triton.tiles import ROPE3D_KERNELS, Tile, forced
+from sda_fast import ops, reference
+from sda_fast.ops import rope3d_kernels
+
+from .interpreter.sanitizer import sanitized
+from .numerics import assert_attention, draw_qkv
+from .planting import plant
+
+pytestmark = [
+    pytest.mark.usefixtures("kernels"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="faults are planted in the interpreter"),
+]
+
+KERNELS = ("primitives", "rope3d", "rope3d_attention", "rope3d_attention_backward")
+LAUNCHERS = {
+    rope3d_attention: ("launch_rope3d_attention",),
+    rope3d_attention_backward: ("launch_rope3d_dq", "launch_rope3d_dkdv"),
+}
+TILES = {name: Tile(16, 16, 4, 2) for name in ROPE3D_KERNELS}
+
+# name: (file, the right words, the wrong ones)
+FAULTS = {
+    "sine of the wrong sign in the third quarter": (
+        "rope3d", "tl.where((quarter & 2) != 0, -sine, sine)", "sine",
+    ),
+    "sine and cosine not exchanged": ("rope3d", "tl.where(odd, c, s)", "tl.where(odd, s, s)"),
+    "y taken for x": ("rope3d", "y[:, None], x[:, None])", "y[:, None], y[:, None])"),
+    "level forgotten": ("rope3d", "level[:, None], along)", "along, along)"),
+    "places of the first sample": (
+        "rope3d_attention", "k_coords_ptr += b * stride_kcb", "k_coords_ptr += 0 * stride_kcb",
+    ),
+    "padding seen": (
+        "rope3d_attention", "num_keys = tl.minimum(num_keys, tl.load(lengths_ptr + b))",
+        "num_keys = num_keys",
+    ),
+    "keys past the end seen": (
+        "rope3d_attention", 'tl.where(in_range[None, :], scores, float("-inf"))', "scores",
+    ),
+    "parts not weighted": (
+        "rope3d_attention", "x * weight[:, None]", "x",
+    ),
+    "parts merged in base 2": (
+        "rope3d_attention", "tl.exp(row_max - pivot), tl.exp(part_lse - pivot)",
+        "tl.exp2(row_max - pivot), tl.exp2(part_lse - pivot)",
+    ),
+    "gradients not turned back": ("rope3d_attention_backward", "turn(x, -sine", "turn(x, sine"),
+    "delta left out": ("rope3d_attention_backward", "dp - delta[None, :]", "dp"),
+    "dq not scaled": ("rope3d_attention_backward", "_turn_back(dq * scale", "_turn_back(dq"),
+    "keys of a sample it does not have": (
+        "rope3d_attention_backward", "p = tl.where(in_sample[:, None], p, 0.0)", "p = p",
+    ),
+    "rows past the end are stored": (
+        "rope3d", "mask = in_range[:, None] & (d < HEAD_DIM)\n    tl.store",
+        "mask = d < HEAD_DIM\n    tl.store",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def spoil(monkeypatch, tmp_path):
+    """Put a wrong word into one kernel file; everything goes through the spoilt kernels then."""
+    monkeypatch.setattr(rope3d_kernels, "choose_parts", lambda *_: 2)
+    return partial(plant, monkeypatch, tmp_path, KERNELS, LAUNCHERS)
+
+
+def noticed() -> bool:
+    """By the yardstick, with places of each sample and padding, near and sharp logits; or by the
+    sanitizer."""
+    for logits, lengths in ((1.0, None), ("near-200", (37, 20))):
+        torch.manual_seed(0)
+        qkv = draw_qkv((2, 5, 1, 16), (2, 37, 1, 16), logits, torch.float32)
+        coords = torch.rand(2, 5, 3) * 64, torch.rand(2, 37, 3) * 64
+        counts = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+        bind = lambda op, c=coords, n=counts: (
+            lambda q, k, v: op(q, k, v, *c, lengths=n, return_lse=True)
+        )
+        try:
+            with forced(**TILES), sanitized() as report:
+                assert_attention(
+                    bind(ops.rope3d_attention), bind(reference.rope3d_attention),
+                    qkv, torch.randn(2, 5, 1, 24)[..., 8:], 64.0,
+                )  # fmt: skip
+            report.assert_clean()
+        except AssertionError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_a_kernel_is_noticed(fault, spoil):
+    spoil(*FAULTS[fault])
+    assert noticed()
+
+
+def test_the_kernels_as_they_are_pass_the_same_checks(spoil):
+    """Through the same loading of files, so that it is the fault that is noticed."""
+    spoil("primitives", "-inf", "-inf")
+    assert not noticed()
