@@ -7,7 +7,9 @@ import typer
 
 SUITES = {
     "attention": "joint attention under the hierarchy: time and memory against its competitors",
+    "encode": "picture to embedding with encoders of full size: time of each stage",
     "gate": "every tile compiled for sm_90a, without a GPU: registers, spills, instructions",
+    "qformer": "rotated attention and the adapter: time and memory against their competitors",
     "quality": "how well the shipped model rebuilds unseen scenes",
     "report": "write the README's tables and pictures from bench/results",
     "tune": "tiles of the kernels of joint attention: which is right and the fastest",

@@ -8,11 +8,11 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from bench.attention import DeviceLost
 from bench.cases import Case
 from bench.measure import Deadline, Graph, Results, Step, quantiles, take_turns
 from bench.nvml import card
 from bench.records import Record, append_record
+from bench.suite import DeviceLost
 from bench.tune_table import line
 
 

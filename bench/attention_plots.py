@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.attention_report import GOAL_CASES, PASSES, Side, of_roof, sides
+from bench.attention_report import (
+    GOAL_CASES,
+    AttentionSide,
+    attention_sides,
+    of_roof,
+)
 from bench.records import Record
+from bench.sides import PASSES
 from sda_fast.files import write_whole
 
 TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -61,7 +67,7 @@ class Picture:
 
 def attention_pictures(records: Sequence[Record]) -> list[Picture]:
     """What there is to draw of the cases with goals; nothing without records of their card."""
-    found = [side for side in sides(records).values() if side.case in GOAL_CASES]
+    found = [side for side in attention_sides(records).values() if side.case in GOAL_CASES]
     if not found:
         return []
     points = {side.case: _points(side) for side in found}
@@ -81,7 +87,7 @@ def attention_pictures(records: Sequence[Record]) -> list[Picture]:
 Point = dict[str, Any]
 
 
-def _points(side: Side) -> dict[str, list[Point]]:
+def _points(side: AttentionSide) -> dict[str, list[Point]]:
     """What is drawn of a case: by pass, variants in their order."""
     return {
         name: [

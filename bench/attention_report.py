@@ -1,45 +1,30 @@
 """What became of ``bench attention``: goals, tables and pictures, from its records alone."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from bench.records import Record
+from bench.sides import (
+    KIB,
+    MIB,
+    PASSES,
+    Goal,
+    Side,
+    Sides,
+    amount,
+    left_out,
+    not_measured,
+    number,
+    run_line,
+    sides,
+)
 from bench.tables import table
 
-GPU = "H100"
-"""The goals are for this card, so only records of it are shown."""
 OURS = "ours-auto"
 THREE_LEVELS, FIVE_LEVELS = "tree32.8.4", "tree32.8.4.2.1"
-PASSES = ("forward", "forward+backward")
-KIB, MIB = 2**10, 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
-    """Everything measured of one case side by side, in one run.
-
-    Attributes:
-        case: its name.
-        records: in the order of the file, the latest of each variant and pass.
-    """
-
-    case: str
-    records: dict[tuple[str, str], Record]
-
-    @property
-    def run(self) -> str:
-        """Of all its records."""
-        return next(iter(self.records.values()))["run"]
-
-    def of(self, variant: str, pass_name: str) -> Record | None:
-        """A timed record, None if that was not timed."""
-        record = self.records.get((variant, pass_name))
-        return record if record is not None and record["p50_ms"] is not None else None
-
-    def ms(self, variant: str, pass_name: str) -> float | None:
-        """Median time."""
-        record = self.of(variant, pass_name)
-        return None if record is None else record["p50_ms"]
+class AttentionSide(Side):
+    """Beside kernels that know no mask."""
 
     def best_unmasked(self, pass_name: str) -> Record | None:
         """The fastest kernel that knows no mask."""
@@ -67,64 +52,18 @@ class Side:
         return None if held is None else held / KIB
 
 
-Sides = dict[str, Side]
-"""By the case's name."""
-
-
-def sides(records: Iterable[Record]) -> Sides:
-    """The latest run of each case on the goals' card in which our operator was timed."""
-    by_run: dict[str, dict[str, dict[tuple[str, str], Record]]] = {}
-    for record in records:
-        if GPU in (record.get("gpu") or ""):
-            runs = by_run.setdefault(record["case"], {})
-            runs.setdefault(record["run"], {})[record["variant"], record["pass"]] = record
-    found = {}
-    for case, runs in by_run.items():
-        timed = [Side(case, of_run) for of_run in runs.values()]
-        timed = [side for side in timed if any(side.of(OURS, name) for name in PASSES)]
-        if timed:
-            found[case] = timed[-1]
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """Something to reach.
-
-    Attributes:
-        text: what.
-        case: where.
-        wanted: the bound.
-        at_most: the value may not be above it, else not below.
-        measure: the value, None where it was not measured.
-        unit: behind the numbers.
-    """
-
-    text: str
-    case: str
-    wanted: float
-    at_most: bool
-    measure: Callable[[Sides], float | None]
-    unit: str = ""
-
-    def row(self, found: Sides) -> list[str]:
-        """goal, case, wanted, measured, verdict."""
-        value = self.measure(found)
-        digits = 0 if self.unit else 2
-        wanted = f"{'≤' if self.at_most else '≥'} {self.wanted:.{digits}f}{self.unit}"
-        if value is None:
-            return [self.text, self.case, wanted, "–", "not measured"]
-        # as exact as it takes: 1.004 is not shown as the 1.00 that it misses
-        met = value <= self.wanted if self.at_most else value >= self.wanted
-        measured = f"{value:.{1 if self.unit else 3}f}{self.unit}"
-        return [self.text, self.case, wanted, measured, "met" if met else "missed"]
+def attention_sides(records: Iterable[Record]) -> dict[str, AttentionSide]:
+    """The latest run of each case in which our operator was timed."""
+    return sides(records, AttentionSide, [OURS])
 
 
 def _flux(size: int, tree: str = THREE_LEVELS) -> str:
     return f"flux-{size}-b1-{tree}"
 
 
-def _at(size: int, measure: Callable[[Side], float | None]) -> Callable[[Sides], float | None]:
+def _at(
+    size: int, measure: Callable[[AttentionSide], float | None]
+) -> Callable[[Sides], float | None]:
     return lambda found: measure(found[_flux(size)]) if _flux(size) in found else None
 
 
@@ -162,7 +101,7 @@ def _goals() -> Iterable[Goal]:
             yield Goal(f"compiled FlexAttention ÷ ours, {name}", _flux(size), 1.3, False, value)
     for size, most in {512: 64, 1024: 64, 2048: 256}.items():
         text = "extra memory for the mask"
-        yield Goal(text, _flux(size), most, True, _at(size, Side.mask_kib), " KiB")
+        yield Goal(text, _flux(size), most, True, _at(size, AttentionSide.mask_kib), " KiB", 0)
     five = _flux(1024, FIVE_LEVELS)
     for name in PASSES:
         text = f"five levels ÷ three levels, {name}"
@@ -181,21 +120,17 @@ def attention_tables(records: Sequence[Record]) -> str:
     Args:
         records: of suite "attention", oldest first; the latest run of each case counts.
     """
-    found = sides(records)
+    found = attention_sides(records)
     if not found:
-        kind = f" of an {GPU}" if records else ""
-        return (
-            f"Not measured: no record{kind} in bench/results/attention.jsonl yet; "
-            "`bench/h100.sh attention` takes them on one H100."
-        )
+        return not_measured(records, "attention", "attention")
     goals = table(["goal", "case", "wanted", "measured", ""], [g.row(found) for g in GOALS])
     parts = [goals, *(_measurements(found[case]) for case in GOAL_CASES if case in found)]
     others = [side for case, side in found.items() if case not in GOAL_CASES]
     parts += [_summary(others)] if others else []
-    return "\n\n".join([*parts, _left_out(found.values()), _circumstances(found.values())])
+    return "\n\n".join([*parts, left_out(found.values()), _circumstances(found.values())])
 
 
-def _summary(others: Iterable[Side]) -> str:
+def _summary(others: Iterable[AttentionSide]) -> str:
     """A line a case: ours, and what the others take for each of our milliseconds."""
     head = ["case"]
     for short in ("fwd", "fwd+bwd"):
@@ -204,14 +139,14 @@ def _summary(others: Iterable[Side]) -> str:
     for side in others:
         cells = [side.case]
         for name in PASSES:
-            cells.append(_number(side.ms(OURS, name), 3))
-            cells.append(_number(side.ratio(OURS, name), 2))
-            cells += [_number(side.lead(other, name), 2) for other in ("sdpa-mask", "flex")]
+            cells.append(number(side.ms(OURS, name), 3))
+            cells.append(number(side.ratio(OURS, name), 2))
+            cells += [number(side.lead(other, name), 2) for other in ("sdpa-mask", "flex")]
         rows.append(cells)
     return table(head, rows)
 
 
-def _measurements(side: Side) -> str:
+def _measurements(side: AttentionSide) -> str:
     variants = {name: record for (name, _), record in side.records.items()}
     rows = []
     for name, record in variants.items():
@@ -220,14 +155,14 @@ def _measurements(side: Side) -> str:
         cells = [record["label"] if record["masked"] else f"*{record['label']}*"]
         for pass_name in PASSES:
             cells += _cells(side, name, pass_name)
-        rows.append([*cells, _size(record["mask_bytes"], KIB), _number(record["setup_ms"], 1)])
+        rows.append([*cells, amount(record["mask_bytes"], KIB), number(record["setup_ms"], 1)])
     head = [f"`{side.case}`"]
     for short in ("fwd", "fwd+bwd"):
         head += [f"{short}, ms", "% of roof", "÷ unmasked", "peak, MiB"]
     return table([*head, "mask, KiB", "its set-up, ms"], rows)
 
 
-def _cells(side: Side, name: str, pass_name: str) -> list[str]:
+def _cells(side: AttentionSide, name: str, pass_name: str) -> list[str]:
     record = side.of(name, pass_name)
     if record is None:
         return ["–"] * 4
@@ -235,8 +170,8 @@ def _cells(side: Side, name: str, pass_name: str) -> list[str]:
     return [
         f"{record['p50_ms']:.3f}",
         f"{100 * of_roof(record):.0f}",
-        _number(ratio, 2),
-        _size(record["peak_bytes"], MIB),
+        number(ratio, 2),
+        amount(record["peak_bytes"], MIB),
     ]
 
 
@@ -245,33 +180,7 @@ def of_roof(record: Record) -> float:
     return record["flops"] / record["p50_ms"] * 1e3 / record["roofs"]["matmul"]
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _size(value: int | None, unit: int) -> str:
-    return "–" if value is None else f"{value / unit:.1f}"
-
-
-def _left_out(found: Iterable[Side]) -> str:
-    """Who was not timed, and why; each reason once."""
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for side in found:
-        for record in side.records.values():
-            if record["p50_ms"] is None:
-                key = record["label"].strip("*"), f"{record['status']}: {record['reason']}"
-                reasons.setdefault(key, []).append(f"{record['case']} {record['pass']}")
-    if not reasons:
-        return "Every variant was timed."
-    lines = []
-    for (label, reason), where in reasons.items():
-        text = " ".join(reason.replace("|", "/").split())
-        places = where[0] if len(where) == 1 else f"{len(where)} measurements"
-        lines.append(f"- {label} ({places}): {text[:200]}")
-    return "\n".join(["Not timed:", "", *lines])
-
-
-def _circumstances(found: Iterable[Side]) -> str:
+def _circumstances(found: Iterable[AttentionSide]) -> str:
     """Cards, roofs and versions, a sentence a run."""
     by_run = {side.run: next(iter(side.records.values())) for side in found}
     lines = [
@@ -279,14 +188,6 @@ def _circumstances(found: Iterable[Side]) -> str:
         "of a large bf16 matrix product on the same card in the same run, allowed pairs counted; "
         "peak is above inputs and mask; unmasked kernels in italics."
     ]
-    for run, record in sorted(by_run.items()):
-        roofs, versions = record["roofs"], dict(record["versions"])
-        named = ", ".join(f"{name} {version}" for name, version in versions.items())
-        before = (record["nvml"] or {}).get("before") or {}
-        clocks = f", SM at {before['sm_clock_mhz']} MHz" if before.get("sm_clock_mhz") else ""
-        lines.append(
-            f"Run {run}: {record['gpu']}, driver {record['driver']}{clocks}, copy "
-            f"{roofs['copy'] / 1e12:.2f} TB/s, matmul {roofs['matmul'] / 1e12:.0f} TFLOP/s; "
-            f"{named}; commit {record['commit']}."
-        )
+    for _, record in sorted(by_run.items()):
+        lines.append(run_line(record))
     return "\n\n".join(lines)

@@ -1,8 +1,9 @@
 """The inputs that suites measure, each named once: ``flux-1024-b1-tree32.8.4``."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,26 +124,31 @@ GROUPS = {"goals": GOALS, "flux": FLUX, "small": SMALL}
 CASES = {case.name: case for case in (*FLUX, *SMALL)}
 
 
-def select(text: str) -> list[Case]:
+def select(
+    text: str, groups: Mapping[str, Sequence[Any]] = GROUPS, cases: Mapping[str, Any] = CASES
+) -> list[Any]:
     """The cases of a list like ``goals,flux-768-*``, in its order, each once.
 
     Args:
         text: groups, names and patterns of names (``*``, ``?``), separated by commas.
+        groups: names for several cases at once; those of "goals" are named in the error.
+        cases: all, by name.
 
     Raises:
         ValueError: a part fits no case.
     """
-    chosen: list[Case] = []
+    chosen: list[Any] = []
     for part in text.split(","):
-        found = GROUPS.get(part) or [c for name, c in CASES.items() if fnmatchcase(name, part)]
+        found = groups.get(part) or [c for name, c in cases.items() if fnmatchcase(name, part)]
         if not found:
             raise ValueError(
-                f"cases must be of {', '.join(GROUPS)} or names like {GOALS[0].name}, got {part!r}"
+                f"cases must be of {', '.join(groups)} or names like {groups['goals'][0].name}, "
+                f"got {part!r}"
             )
         chosen += found
     return list(dict.fromkeys(chosen))
 
 
-def names(cases: Iterable[Case]) -> str:
+def names(cases: Iterable[Any]) -> str:
     """For a message."""
     return ", ".join(case.name for case in cases)

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 from sda_fast.reference.dense_attention import dense_attention
+from sda_fast.reference.rope3d_attention import default_axes, rope3d
+
+Places = tuple[Tensor, Tensor]
+"""Coordinates of q [N, 3] and of k [S, 3], float32: both are turned by them."""
 
 NAMES = ("out", "dq", "dk", "dv")
 RATIO = {"out": 1.25, "dq": 2.0, "dk": 2.0, "dv": 2.0}
@@ -49,49 +53,69 @@ class Yardstick:
         return found
 
 
-def yardstick(inputs: Sequence[Tensor], mask: Tensor | None) -> Yardstick:
+def yardstick(
+    inputs: Sequence[Tensor], mask: Tensor | None, places: Places | None = None
+) -> Yardstick:
     """Work out the exact results of an attention and how close is close enough.
 
+    A kernel that multiplies turned operands in half precision rounds them, as plain torch does: its
+    out is held to plain torch's error where that is worse than the cap; and a float32 angle is off
+    by its own rounding, which turns the logit.
+
     Args:
-        inputs: q, k, v and the gradient of out, each [B, S, H, D].
-        mask: [S, S] bool, None for all True.
+        inputs: q and the gradient of out [B, N, H, D], between them k and v [B, S, H, D].
+        mask: [N, S] bool, None for all True.
+        places: turn q and k by the reference rotation; None turns nothing.
     """
-    q = inputs[0]
-    exact = {name: q.new_empty(q.shape, dtype=torch.float64) for name in NAMES}
+    q, k = inputs[:2]
+    angle = 0.0 if places is None else max(c.abs().max().item() for c in places)
+    shapes = zip(NAMES, (q, q, k, k), strict=True)
+    exact = {name: like.new_empty(like.shape, dtype=torch.float64) for name, like in shapes}
     eager_error = dict.fromkeys(NAMES, 0.0)
     slack = dict.fromkeys(NAMES, 0.0)
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
             one = [t[b : b + 1, :, h : h + 1] for t in inputs]
-            right = _plain([t.double() for t in one], mask)
-            plain = _plain(one, mask)
+            right = _plain([t.double() for t in one], mask, places)
+            plain = _plain(one, mask, places)
             for name, x, e in zip(NAMES, right, plain, strict=True):
                 exact[name][b, :, h] = x[0, :, 0]
                 eager_error[name] = max(eager_error[name], (e.double() - x).abs().max().item())
-            for name, value in _unavoidable(one, right).items():
+            for name, value in _unavoidable(one, right, angle).items():
                 slack[name] = max(slack[name], value)
     limit = {}
     for name in NAMES:
         largest = exact[name].abs().max().item()
         cap = OUTPUT_CAP[q.dtype] if name == "out" else GRADIENT_CAP[q.dtype] * largest
         allowed = RATIO[name] * eager_error[name] + torch.finfo(q.dtype).eps * largest
+        if name == "out" and places is not None and q.dtype != torch.float32:
+            cap = max(cap, allowed)
         limit[name] = min(allowed, cap) + slack[name]
     return Yardstick(exact, limit)
 
 
-def _plain(inputs: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
+def _plain(
+    inputs: Sequence[Tensor], mask: Tensor | None, places: Places | None
+) -> tuple[Tensor, ...]:
     """out, dq, dk and dv in the dtype of the inputs."""
-    q, k, v = (t.detach().requires_grad_() for t in inputs[:3])
+    leaves = [t.detach().requires_grad_() for t in inputs[:3]]
+    q, k, v = leaves
+    if places is not None:
+        axes = default_axes(q.shape[-1])
+        q, k = (rope3d(x, coords, axes) for x, coords in zip((q, k), places, strict=True))
     out, _ = dense_attention(q, k, v, mask)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])
+    return out.detach(), *torch.autograd.grad(out, leaves, inputs[3])
 
 
-def _unavoidable(inputs: Sequence[Tensor], right: Sequence[Tensor]) -> dict[str, float]:
+def _unavoidable(
+    inputs: Sequence[Tensor], right: Sequence[Tensor], angle: float
+) -> dict[str, float]:
     """What rounded float32 logits cost, and rowsum(dO * O) of a rounded out; of one head."""
     q, k, v, d_out = (t.double() for t in inputs)
     scale = q.shape[-1] ** -0.5
     eps = torch.finfo(torch.float32).eps
     logit = 2 * eps * scale * q.norm(dim=-1).max().item() * k.norm(dim=-1).max().item()
+    logit *= 1 + angle
     d_p = (d_out[0, :, 0] @ v[0, :, 0].mT).abs().max().item()
     delta = (d_out * right[0]).square().sum(-1).sqrt().max().item()
     d_s = (logit * d_p + torch.finfo(inputs[0].dtype).eps / 2 * delta) * scale

@@ -44,7 +44,7 @@ run gpu-tests $((limit * 2 / 5)) "$python" -m pytest tests -m gpu -q -p no:cache
   --continue-on-collection-errors
 # these run anywhere, and here with the tiles of the table, compiled
 run kernel-tests $((limit / 5)) "$python" -m pytest tests/test_joint_kernels.py \
-  tests/test_joint_properties.py -q -p no:cacheprovider ${WORKERS:+-n "$WORKERS"}
+  tests/test_joint_properties.py tests/test_rope3d_kernels.py tests/test_qformer_kernels.py -q -p no:cacheprovider ${WORKERS:+-n "$WORKERS"}
 
 suites_left=$#
 for suite in "$@"; do

@@ -9,6 +9,7 @@ import typer
 
 from bench.attention_plots import Picture, attention_pictures
 from bench.attention_report import attention_tables
+from bench.qformer_report import qformer_tables
 from bench.records import Record, read_records
 from bench.tables import table
 from sda_fast.files import write_whole
@@ -158,16 +159,19 @@ class Section:
         pictures: what there is to draw of them.
         required: the README must have it, and there must be results; else it is written where the
             markers are, from no records if there are no results.
+        beside: names of more results files that its records come from, where they are there.
     """
 
     tables: Callable[[Sequence[Record]], str]
     pictures: Callable[[Sequence[Record]], list[Picture]] = lambda records: []
     required: bool = True
+    beside: tuple[str, ...] = ()
 
 
 SECTIONS = {
     "quality": Section(quality_tables),
     "attention": Section(attention_tables, attention_pictures, required=False),
+    "qformer": Section(qformer_tables, required=False, beside=("encode",)),
 }
 """By the name of their markers and their results file."""
 
@@ -200,8 +204,10 @@ def main(
         for name, section in SECTIONS.items():
             if not section.required and f"generated:{name} " not in old:
                 continue
-            file = results / f"{name}.jsonl"
-            records = read_records(file) if section.required or file.exists() else []
+            records = []
+            for stem in (name, *section.beside):
+                file = results / f"{stem}.jsonl"
+                records += read_records(file) if section.required or file.exists() else []
             drawn = section.pictures(records)
             pictures += drawn
             shown = [f"![{picture.title}](docs/{picture.name})" for picture in drawn]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.attention import PASSES, REFUSALS
 from bench.cases import GOALS, SMALL, Case
 from bench.measure import attention_step
+from bench.suite import PASSES, REFUSALS
 from bench.variants import VARIANTS, Ready
 
 pytest.importorskip("pytest_benchmark")

@@ -19,14 +19,13 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from bench.cases import Case
 from bench.measure import Attend
+from bench.suite import Unavailable
 from sda_fast import ops
 
 Prepare = Callable[[Case, Tensor], "Ready"]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-class Unavailable(Exception):
-    """A variant cannot take part here; says why."""
+FLASH_MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute.interface"}
+"""Where each version of flash-attn has its function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,9 @@ def _ours(implementation: str, deterministic: bool = True) -> Prepare:
     return prepare
 
 
-def _sdpa(masked: bool, backend: SDPBackend | None) -> Prepare:
+def prepare_sdpa(masked: bool, backend: SDPBackend | None) -> Prepare:
+    """torch's attention with the dense mask or without; by one backend, or whichever it takes."""
+
     def prepare(case: Case, q: Tensor) -> Ready:
         mask = dense_mask(case, q.device) if masked else None
 
@@ -165,7 +166,9 @@ def _ms_since(start: float, device: torch.device) -> float:
     return (perf_counter() - start) * 1e3
 
 
-def _flash_attn(module: str) -> Prepare:
+def prepare_flash_attn(module: str) -> Prepare:
+    """flash-attn, unmasked, from one of FLASH_MODULES; Unavailable where it is not installed."""
+
     def prepare(_case: Case, _q: Tensor) -> Ready:
         try:
             function = import_module(module).flash_attn_func
@@ -200,27 +203,31 @@ def _every_variant() -> tuple[Variant, ...]:
         )
     )
     masked = [
-        Variant(f"sdpa-mask-{key}", f"SDPA {label}, bool mask", True, _sdpa(True, backend), gpu)
+        Variant(
+            f"sdpa-mask-{key}", f"SDPA {label}, bool mask", True, prepare_sdpa(True, backend), gpu
+        )
         for key, (label, backend) in backends.items()
         for gpu in (key != "math",)
     ]
     unmasked = [
-        Variant(f"sdpa-{key}", f"SDPA {label}, unmasked", False, _sdpa(False, backends[key][1]))
+        Variant(
+            f"sdpa-{key}", f"SDPA {label}, unmasked", False, prepare_sdpa(False, backends[key][1])
+        )
         for key, label in (("cudnn", "cuDNN"), ("flash", "flash"))
     ]
     flash = [
-        Variant(f"flash-attn-{n}", f"flash-attn {n}, unmasked", False, _flash_attn(module))
-        for n, module in (
-            (2, "flash_attn"), (3, "flash_attn_interface"), (4, "flash_attn.cute.interface"),
-        )
-    ]  # fmt: skip
+        Variant(f"flash-attn-{n}", f"flash-attn {n}, unmasked", False, prepare_flash_attn(module))
+        for n, module in FLASH_MODULES.items()
+    ]
     return (
         *ours,
-        Variant("sdpa-mask", "SDPA as it comes, bool mask", True, _sdpa(True, None), gpu=False),
+        Variant(
+            "sdpa-mask", "SDPA as it comes, bool mask", True, prepare_sdpa(True, None), gpu=False
+        ),
         *masked,
         Variant("flex", "FlexAttention, compiled", True, _flex(None)),
         Variant("flex-flash", "FlexAttention, FLASH backend", True, _flex("FLASH")),
-        Variant("sdpa", "SDPA as it comes, unmasked", False, _sdpa(False, None), gpu=False),
+        Variant("sdpa", "SDPA as it comes, unmasked", False, prepare_sdpa(False, None), gpu=False),
         *unmasked,
         *flash,
     )

@@ -1,7 +1,5 @@
 import json
 import random
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -19,7 +17,7 @@ from bench.variants import VARIANTS, Ready, Variant, dense_mask, mask_mod
 from sda_fast import reference
 from sda_fast.hierarchy import RULES, Hierarchy
 
-from .test_bench_measure import ROOT, plain_environment
+from .test_bench_measure import bench_small
 
 CPU = torch.device("cpu")
 TINY = Case("tiny", 4, 4, Hierarchy((2, 1)), heads=2, head_dim=16, dtype=torch.float32)
@@ -286,16 +284,7 @@ def test_a_lost_device_ends_the_run_and_what_was_measured_stays(tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The whole command on a CPU, as a user runs it."""
-    out = tmp_path_factory.mktemp("results") / "new"
-    options = ["--small", "--reps", "2", "--out", str(out), "--commit", "c0ffee"]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "attention", *options],
-        cwd=ROOT, env=plain_environment(CUDA_VISIBLE_DEVICES=""),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return read_records(out / "attention.jsonl"), done.stdout
+    return bench_small("attention", tmp_path_factory.mktemp("results") / "new")
 
 
 def test_on_a_cpu_the_suite_runs_to_its_end(small):

@@ -12,7 +12,7 @@ import torch
 from bench.circumstances import circumstances
 from bench.measure import Deadline, Graph, attention_step, peak_bytes, quantiles, take_turns
 from bench.nvml import THROTTLE, card
-from bench.records import versions
+from bench.records import read_records, versions
 from bench.roofs import measure_roofs
 
 ROOT = Path(__file__).parent.parent
@@ -147,6 +147,18 @@ def test_circumstances_are_json_and_leave_out_what_is_not_installed():
     assert about["run"].endswith("Z")
     found = versions(("torch", "no-such-distribution"))
     assert found.keys() == {"torch", "sda-fast"}
+
+
+def bench_small(suite, out):
+    """The records and output of a whole suite on a CPU, as a user runs it."""
+    options = ["--small", "--reps", "2", "--out", str(out), "--commit", "c0ffee"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", suite, *options],
+        cwd=ROOT, env=plain_environment(CUDA_VISIBLE_DEVICES=""),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return read_records(out / f"{suite}.jsonl"), done.stdout
 
 
 def plain_environment(**more):
