@@ -81,7 +81,7 @@ def far_apart(case: Case, device, place, reach):
     strides = [pack * case.heads * case.seq_len, pack * case.heads, pack, 1]
     if place == 2:
         strides[1] = pack  # a head's tokens lie together
-    strides[place] = -(-reach // (shape[place] - 1) // 16) * 16
+    strides[place] = -(-reach // (shape[place] - 1) // pack) * pack
     assert strides[place] >= pack * case.heads
     assert strides[place] * (shape[place] - 1) >= reach
     size = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + pack

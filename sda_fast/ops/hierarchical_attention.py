@@ -14,6 +14,7 @@ from sda_fast.ops.cpu_attention import attention_backward, attention_forward, co
 from sda_fast.ops.inputs import (
     cast_for_autocast,
     kernel_faults,
+    may_overlap,
     on_device_of,
     qkv_faults,
     refuse,
@@ -322,31 +323,9 @@ def _out_faults(out: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> list[str
 
 
 def _memory_faults(out: Tensor, *inputs: Tensor) -> list[str]:
-    if out.ndim == 4 and any(t.ndim == 4 and _may_overlap(out, t) for t in inputs):
+    if out.ndim == 4 and any(t.ndim == 4 and may_overlap(out, t) for t in inputs):
         return ["out must not share memory with q, k or v: both are in use at once"]
     return []
-
-
-def _may_overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two [B, S, H, D] views may have an element in common.
-
-    Told apart are other storages, other ranges of one, and other columns of the same rows.
-    """
-    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
-        return False
-    low, start = int(a.storage_offset()), int(b.storage_offset())
-    high, stop = low + _reach(a, range(4)), start + _reach(b, range(4))
-    if high < start or stop < low:
-        return False
-    row = a.stride(1)
-    within = [dim for dim in (0, 2, 3) if a.stride(dim) < row]
-    width, apart = _reach(a, within) + 1, abs(low - start) % max(row, 1)
-    return a.stride() != b.stride() or not width <= apart <= row - width
-
-
-def _reach(t: Tensor, dims: Sequence[int]) -> int:
-    """Offset of the last element along some dimensions from the first."""
-    return sum((t.shape[dim] - 1) * t.stride(dim) for dim in dims)
 
 
 def _layout_faults(tree: Hierarchy, h: int, w: int, rule: str, extra_text: int) -> list[str]:

@@ -162,3 +162,31 @@ def holds_once(t: Tensor, condition: Callable[[Tensor], Tensor], about: object =
     if held:
         _held[t] = asked
     return held
+
+
+def may_overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two [B, S, H, D] views may have an element in common.
+
+    Told apart are other storages, other ranges of one, and other columns of the same steps.
+    """
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    low, start = int(a.storage_offset()), int(b.storage_offset())
+    high, stop = low + _reach(a, range(4)), start + _reach(b, range(4))
+    if high < start or stop < low:
+        return False
+    if a.stride() != b.stride():
+        return True
+    dims = [dim for dim in range(4) if a.shape[dim] > 1]
+    for step in {a.stride(dim) for dim in dims if a.stride(dim) > 1}:
+        inner = [dim for dim in dims if a.stride(dim) < step]
+        whole = all(a.stride(dim) % step == 0 for dim in dims if dim not in inner)
+        width, apart = _reach(a, inner) + 1, abs(low - start) % step
+        if whole and width <= apart <= step - width:
+            return False
+    return True
+
+
+def _reach(t: Tensor, dims: Sequence[int]) -> int:
+    """Offset of the last element along some dimensions from the first."""
+    return sum((t.shape[dim] - 1) * t.stride(dim) for dim in dims)
