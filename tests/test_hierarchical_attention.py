@@ -288,6 +288,17 @@ def test_a_fake_cuda_tensor_only_infers():
     assert (out.shape, out.device.type, lse.device.type) == (SMALL.shape, "cuda", "cuda")
 
 
+def test_a_gpu_that_is_too_old_is_refused_with_every_other_reason(monkeypatch):
+    with FakeTensorMode():
+        q, k, v = (torch.empty(SMALL.shape, device="cuda") for _ in range(3))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+        with pytest.raises(ValueError, match=r"capability 8\.0 or newer, got 7\.5") as error:
+            ops.hierarchical_attention(q, k.half(), v, SMALL.tree, SMALL.h, SMALL.w + 1)
+    for words in ("k must have the dtype of q", "q must have S = 50"):
+        assert words in str(error.value)
+
+
 BAD = [
     ({"k": lambda t: t.half()}, r"k must have the dtype of q, torch.float32, got torch.float16"),
     ({"v": lambda t: t.to("meta")}, "v must be on the device of q, cpu, got meta"),
