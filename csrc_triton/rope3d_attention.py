@@ -23,6 +23,9 @@ from csrc_triton.rope3d import (
 )
 from csrc_triton.tiles import Tile
 
+MERGED = 16
+"""Queries of a program that merges parts."""
+
 
 @triton.jit
 def load_turned(
@@ -201,13 +204,12 @@ def launch_rope3d_attention(
         num_stages=tile.num_stages,
     )  # fmt: skip
     if num_parts > 1:
-        rows = 16
-        _merge_parts_kernel[(triton.cdiv(num_queries, rows) * batch * heads,)](
+        _merge_parts_kernel[(triton.cdiv(num_queries, MERGED) * batch * heads,)](
             parts, part_lse, out, lse, *parts.stride()[:4], *out.stride()[:3],
             heads, num_queries, num_parts,
             HEAD_DIM=head_dim,
             WIDTH=width,
-            BLOCK_M=rows,
+            BLOCK_M=MERGED,
             num_warps=4,
         )  # fmt: skip
     return out, lse
