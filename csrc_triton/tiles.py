@@ -77,6 +77,7 @@ class Entry:
         head_dims: where it holds.
         min_img: holds from this many img tokens on.
         min_batch_heads: holds from this B * H on.
+        min_txt: holds from this many txt tokens on.
     """
 
     kernel: str
@@ -87,6 +88,7 @@ class Entry:
     head_dims: tuple[int, ...] = HEAD_DIMS
     min_img: int = 0
     min_batch_heads: int = 0
+    min_txt: int = 0
 
     def holds(self, kernel: str, implementation: str, problem: Problem) -> bool:
         """Whether this entry speaks of the kernel, the implementation and the problem."""
@@ -106,6 +108,7 @@ class Preference:
         head_dims: where it holds.
         min_img: holds from this many img tokens on.
         min_batch_heads: holds from this B * H on.
+        min_txt: holds from this many txt tokens on.
     """
 
     direction: str
@@ -115,6 +118,7 @@ class Preference:
     head_dims: tuple[int, ...] = HEAD_DIMS
     min_img: int = 0
     min_batch_heads: int = 0
+    min_txt: int = 0
 
 
 def _within(choice: Entry | Preference, problem: Problem) -> bool:
@@ -123,6 +127,7 @@ def _within(choice: Entry | Preference, problem: Problem) -> bool:
         and problem.head_dim in choice.head_dims
         and problem.num_img >= choice.min_img
         and problem.batch_heads >= choice.min_batch_heads
+        and problem.num_txt >= choice.min_txt
     )
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from csrc_triton import tiles as tiles_module
 from csrc_triton.joint_attention import launch_joint_attention
 from csrc_triton.joint_attention_backward import (
     launch_joint_attention_dkdv,
@@ -304,3 +306,16 @@ def test_a_head_dim_without_a_kernel_is_refused_where_a_kernel_is_asked_for(devi
 def test_forced_tiles_must_be_named_after_kernels():
     with pytest.raises(ValueError, match=r"named after forward, .*, got \['backward'\]"):
         forced(backward=Tile(16, 16, 4, 2, 16)).__enter__()
+
+
+def test_the_table_chooses_by_every_size_it_names(monkeypatch):
+    wide = tiles_module.Problem(torch.bfloat16, 128, 512, 4096, 96)
+    entry = tiles_module.Entry("dq", Tile(64, 64, 4, 2), "a test", min_img=4096, min_txt=512)
+    monkeypatch.setattr(tiles_module, "ENTRIES", (entry, *tiles_module.ENTRIES))
+    choose = tiles_module.choose_tile
+    assert choose("dq", "fused", wide) == entry.tile
+    for smaller in ({"num_txt": 511}, {"num_img": 4095}):
+        assert choose("dq", "fused", replace(wide, **smaller)) != entry.tile
+    assert choose("forward", "fused", wide) != entry.tile
+    with pytest.raises(ValueError, match="has no tile for"):
+        choose("dq", "fused", replace(wide, dtype=torch.float64))
