@@ -5,7 +5,6 @@ In the block of axis a, of size d, the pair (x[2i], x[2i+1]) turns by coords[a] 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import pi
 
 import torch
@@ -48,16 +47,15 @@ def padded_width(head_dim: int) -> int:
     return max(32, triton.next_power_of_2(head_dim))
 
 
-@lru_cache(maxsize=64)
-def pair_table(axes: tuple[int, int, int], theta: float, device: torch.device) -> Tensor:
-    """The axis and the quarter turns a unit of each pair; pairs beyond D do not turn."""
+def pair_table(axes: tuple[int, int, int], theta: float) -> Tensor:
+    """The axis and the quarter turns a unit of each pair, on the CPU; beyond D none turns."""
     axis, turns = [], []
     for number, size in enumerate(axes):
         axis += [float(number)] * (size // 2)
         turns += [theta ** (-2 * i / size) * 2 / pi for i in range(size // 2)]
     missing = padded_width(2 * len(axis)) // 2 - len(axis)
     table = [axis + [0.0] * missing, turns + [0.0] * missing]
-    return torch.tensor(table, dtype=torch.float32, device=device)
+    return torch.tensor(table, dtype=torch.float32, device="cpu")
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from csrc_triton.tile_lists import AS_KEY, TO_IMG, TO_TXT
 from csrc_triton.tiles import Tile
 from sda_fast import ops
 from sda_fast.hierarchy import RULES, Hierarchy
-from sda_fast.ops import joint_lists
+from sda_fast.ops import device_tables, joint_lists
 from sda_fast.ops.joint_lists import Layout, key_lists, query_lists
 
 CPU = torch.device("cpu")
@@ -143,7 +143,7 @@ def test_blocks_that_do_not_divide_a_step_are_refused():
 
 
 def test_lists_first_needed_inside_a_captured_graph_are_refused(monkeypatch):
-    monkeypatch.setattr(joint_lists, "_capturing", lambda: True)
+    monkeypatch.setattr(device_tables, "capturing", lambda: True)
     joint_lists._query_lists.cache_clear()
     layout = random_layout(3, "overlap")
     with pytest.raises(RuntimeError, match="must run once with these sizes before a CUDA graph"):
@@ -153,7 +153,10 @@ def test_lists_first_needed_inside_a_captured_graph_are_refused(monkeypatch):
 def test_lists_that_a_graph_was_captured_with_outlive_the_cache(monkeypatch):
     layout = random_layout(4, "overlap")
     lists = query_lists(layout, TILES[0], False, CPU)
-    monkeypatch.setattr(joint_lists, "_capturing", lambda: True)
+    monkeypatch.setattr(device_tables, "capturing", lambda: True)
     query_lists(layout, TILES[0], False, CPU)
     joint_lists._query_lists.cache_clear()
-    assert any(kept is lists for kept in joint_lists._captured.values())
+    at = lists.shape.untyped_storage().data_ptr()
+    assert at in device_tables._captured
+    for table in (lists.row_bits, lists.col_bits, lists.tiles, lists.entries):
+        assert table.untyped_storage().data_ptr() == at

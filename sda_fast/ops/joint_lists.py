@@ -10,17 +10,16 @@ a run shows some tokens the union of its sets and every token their intersection
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from csrc_triton.tile_lists import AS_KEY, TO_IMG, TO_TXT, TileLists
 from csrc_triton.tiles import Tile
 from sda_fast.hierarchy import Hierarchy
+from sda_fast.ops.device_tables import keep, to_device
 
 CACHED = 64  # lists kept; of 512 to 2048 px pictures they take 5 to 150 KB each
 ALIGN = 16  # bytes: tables begin at multiples of it, so that a kernel is compiled once for all
@@ -298,16 +297,12 @@ def _on_device(
         np.array(tiles, np.int32),
         np.array(entries or [0], np.int32),
     ]
-    if _capturing():
-        raise RuntimeError(
-            "hierarchical_attention must run once with these sizes before a CUDA graph is captured "
-            "with them: its lists are copied to the device then"
-        )
     starts = np.cumsum([0, *(-(-table.nbytes // ALIGN) * ALIGN for table in tables)]).tolist()
     packed = np.zeros(starts[-1], np.uint8)
     for start, table in zip(starts, tables, strict=False):
         packed[start : start + table.nbytes] = np.frombuffer(table.tobytes(), np.uint8)
-    moved = _moved(packed, device)
+    ran = "hierarchical_attention must run once with these sizes"
+    moved = to_device(torch.from_numpy(packed), device, ran)
     views = [
         moved[start : start + table.nbytes].view(TORCH[table.itemsize]).view(table.shape)
         for start, table in zip(starts, tables, strict=False)
@@ -319,37 +314,7 @@ def _on_device(
     )
 
 
-def _moved(packed: np.ndarray, device: torch.device) -> Tensor:
-    """The bytes on the device, in memory that belongs to its default stream and to no graph."""
-    if device.type != "cuda":
-        # inference_mode would mark tensors that outlive it
-        with torch.inference_mode(False):
-            return torch.from_numpy(packed).to(device)
-
-    def move() -> Tensor:
-        with torch.cuda.device(device):
-            moved = torch.from_numpy(packed).to(device)
-            torch.cuda.current_stream().synchronize()  # other streams will read it too
-            return moved
-
-    # warm-ups of torch.compile's CUDA graphs send what this thread allocates to a pool of theirs,
-    # and count what stays there; another thread has neither that nor inference_mode
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(move).result()
-
-
-_captured: dict[int, TileLists] = {}  # those that CUDA graphs read must never be freed
-
-
 def _kept(build: Callable[..., TileLists], *key: object) -> TileLists:
     lists = build(*key)
-    if _capturing():
-        _captured[id(lists)] = lists
-    elif lists.entries.is_cuda:
-        # when the cache drops them, their memory must wait for the kernels of this stream
-        lists.entries.record_stream(torch.cuda.current_stream(lists.entries.device))
+    keep(lists.entries)  # one memory with the others
     return lists
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton.tiles import ROPE3D_KERNELS, Problem, choose_parts, choose_tile
+from sda_fast.ops.device_tables import keep, to_device
 
 QKV = tuple[Tensor, Tensor, Tensor]
 Places = tuple[Tensor, Tensor, tuple[int, int, int], float]
@@ -87,10 +88,20 @@ def _processors(device: torch.device) -> int:
 
 
 def _rotations(places: Places | None, device: torch.device):  # noqa: ANN202
-    from csrc_triton.rope3d import Rotation, pair_table
+    from csrc_triton.rope3d import Rotation
 
     if places is None:
         return None
     q_coords, k_coords, axes, theta = places
-    pairs = pair_table(axes, theta, device)
+    pairs = _pairs(axes, theta, device)
+    keep(pairs)
     return Rotation(q_coords.contiguous(), pairs), Rotation(k_coords.contiguous(), pairs)
+
+
+@lru_cache(maxsize=64)
+def _pairs(axes: tuple[int, int, int], theta: float, device: torch.device) -> Tensor:
+    from csrc_triton.rope3d import pair_table
+
+    return to_device(
+        pair_table(axes, theta), device, "rope3d_attention must run once with these axes"
+    )
