@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from sda_fast.ops.device_tables import kept_table
 from sda_fast.weights import check_weights, read_config, resolve_folder
 
 if TYPE_CHECKING:
@@ -246,7 +247,11 @@ class ImageEncoder(nn.Module):
 
 
 def _channels(values: Triple, like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(3, 1, 1)
+    return kept_table(_column, (values,), like, "an encoder must run once with these means")
+
+
+def _column(values: Triple) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1)
 
 
 def _kind_of(

@@ -1,10 +1,12 @@
 """Small tables that kernels read on the device, made once and kept: how they get and stay there.
 
-They come from lru_caches, so one of them may be dropped while kernels of some stream, or a CUDA
-graph that was captured with it, still read it.
+Caches hold them, so one of them may be dropped while kernels of some stream, or a CUDA graph that
+was captured with it, still read it.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +17,31 @@ _captured: dict[int, Tensor] = {}  # what CUDA graphs read must never be freed
 def capturing() -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def kept_table(make: Callable[..., Tensor], args: tuple, like: Tensor, wanted: str) -> Tensor:
+    """``make(*args)`` on the device of a tensor, made once.
+
+    Args:
+        make: gives a tensor on the CPU.
+        args: hashable.
+        like: what is computed with it.
+        wanted: see ``to_device``.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured and the table is not there yet.
+    """
+    # a compiler makes a constant of it; what stands in for a tensor must not be kept
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
+        return make(*args).to(like.device)
+    table = _table(make, args, like.device, wanted)
+    keep(table)
+    return table
+
+
+@lru_cache(maxsize=256)
+def _table(make: Callable[..., Tensor], args: tuple, device: torch.device, wanted: str) -> Tensor:
+    return to_device(make(*args), device, wanted)
 
 
 def to_device(table: Tensor, device: torch.device, wanted: str) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton.tiles import ROPE3D_KERNELS, Problem, choose_parts, choose_tile
-from sda_fast.ops.device_tables import keep, to_device
+from sda_fast.ops.device_tables import kept_table
 
 QKV = tuple[Tensor, Tensor, Tensor]
 Places = tuple[Tensor, Tensor, tuple[int, int, int], float]
@@ -29,9 +29,7 @@ def forward(
     q, k, v = qkv
     tile = choose_tile("rope3d_forward", "", _problem(q, k))
     parts = _parts(q, k, tile.block_m, tile.block_n)
-    return launch_rope3d_attention(
-        q, k, v, _rotations(places, q.device), lengths, scale, parts, tile
-    )
+    return launch_rope3d_attention(q, k, v, _rotations(places, q), lengths, scale, parts, tile)
 
 
 def backward(
@@ -57,7 +55,7 @@ def backward(
     q, k, _ = qkv
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
-    rotations = _rotations(places, q.device)
+    rotations = _rotations(places, q)
     tile, to_keys = (choose_tile(name, "", _problem(q, k)) for name in ROPE3D_KERNELS[1:])
     parts = _parts(q, k, tile.block_m, tile.block_n)
     dq, delta = launch_rope3d_dq(d_out, qkv, results, rotations, lengths, scale, parts, tile)
@@ -87,21 +85,12 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _rotations(places: Places | None, device: torch.device):  # noqa: ANN202
-    from csrc_triton.rope3d import Rotation
+def _rotations(places: Places | None, q: Tensor):  # noqa: ANN202
+    from csrc_triton.rope3d import Rotation, pair_table
 
     if places is None:
         return None
-    q_coords, k_coords, axes, theta = places
-    pairs = _pairs(axes, theta, device)
-    keep(pairs)
+    q_coords, k_coords, *turns = places
+    wanted = "rope3d_attention must run once with these axes"
+    pairs = kept_table(pair_table, tuple(turns), q, wanted)
     return Rotation(q_coords.contiguous(), pairs), Rotation(k_coords.contiguous(), pairs)
-
-
-@lru_cache(maxsize=64)
-def _pairs(axes: tuple[int, int, int], theta: float, device: torch.device) -> Tensor:
-    from csrc_triton.rope3d import pair_table
-
-    return to_device(
-        pair_table(axes, theta), device, "rope3d_attention must run once with these axes"
-    )
