@@ -12,7 +12,7 @@ SUITES = {
     "qformer": "rotated attention and the adapter: time and memory against their competitors",
     "quality": "how well the shipped model rebuilds unseen scenes",
     "report": "write the README's tables and pictures from bench/results",
-    "tune": "tiles of the kernels of joint attention: which is right and the fastest",
+    "tune": "tiles of the attention kernels: which is right and the fastest",
 }
 """Modules of bench that have a ``main``; a suite is imported when it runs."""
 

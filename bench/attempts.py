@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from bench.cases import Case
 from bench.measure import Deadline, Graph, Results, Step, quantiles, take_turns
 from bench.nvml import card
 from bench.records import Record, append_record
@@ -110,6 +110,30 @@ class Turns:
         if lost:
             raise DeviceLost(lost)
 
+    def two_rounds(
+        self,
+        attempt: Callable[[Any, int], Attempt],
+        first: Sequence[Any],
+        second: Callable[[Sequence[Record]], Sequence[Any]],
+    ) -> Iterator[Record]:
+        """Time what comes first, then what its records call for; a record for each.
+
+        Args:
+            attempt: what is to be tried, and the number of the round, as an attempt.
+            first: what is tried in the first round.
+            second: its records -> what is tried in the second one, which may be nothing.
+
+        Raises:
+            DeviceLost: see time_all.
+        """
+        records = []
+        for record in self.time_all([attempt(trial, 1) for trial in first]):
+            records.append(record)
+            yield record
+        more = second(records)
+        if more:
+            yield from self.time_all([attempt(trial, 2) for trial in more])
+
     def _set_up(self, attempt: Attempt, pool: object) -> None:
         """Bring an attempt to where it can be timed, or note why not."""
         try:
@@ -142,8 +166,39 @@ class Turns:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The suite for one operator: what is tried of it, and how that is measured.
+
+    Attributes:
+        turns: how attempts are measured, and until when.
+        small: sweep a few tiles that an interpreter takes.
+        about: fields that all records share.
+    """
+
+    op: ClassVar[str]
+    """The operator's name in records."""
+
+    turns: Turns
+    small: bool = False
+    about: Record = field(default_factory=dict)
+
+    def measure(self, case: Any) -> Iterator[Record]:
+        """The records of a case.
+
+        Raises:
+            DeviceLost: the device answers no more; what is known has come first.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def report(records: Sequence[Record]) -> list[str]:
+        """Lines for csrc_triton/tiles.py, from the operator's own records."""
+        raise NotImplementedError
+
+
 def run(
-    turns: Turns, measure: Callable[[Case], Iterator[Record]], cases: Sequence[Case], out: Path
+    turns: Turns, measure: Callable[[Any], Iterator[Record]], cases: Sequence[Any], out: Path
 ) -> list[Record]:
     """Measure case after case, each record written as soon as it is there; stop in time."""
     records: list[Record] = []

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from csrc_triton.joint_attention_backward import (
     launch_joint_attention_dkdv,
     launch_joint_attention_dq,
 )
-from csrc_triton.rope3d import Rotation, padded_width
+from csrc_triton.rope3d import Transform, padded_width
 from csrc_triton.rope3d_attention import launch_rope3d_attention
 from csrc_triton.rope3d_attention_backward import launch_rope3d_dkdv, launch_rope3d_dq
 from csrc_triton.tiles import (
@@ -131,19 +131,22 @@ def _joint_launch(
 
 
 def _rope3d_attention() -> Iterator[tuple[str, Launch, bool]]:
-    """The adapter's D = 64 with and without rotation, other D and dtypes rotated."""
-    for dtype, head_dim, rotated in (
-        (torch.bfloat16, 64, True),
-        (torch.bfloat16, 64, False),
-        *((torch.bfloat16, head_dim, True) for head_dim in (32, 80, 128)),
-        *((dtype, 64, True) for dtype in DTYPES[1:]),
+    """The adapter's D = 64 with and without rotation and norm, other D and dtypes with both."""
+    both = ("rotated", "normed")
+    for dtype, head_dim, transform in (
+        (torch.bfloat16, 64, both),
+        (torch.bfloat16, 64, ("rotated",)),
+        (torch.bfloat16, 64, ("normed",)),
+        (torch.bfloat16, 64, ()),
+        *((torch.bfloat16, head_dim, both) for head_dim in (32, 80, 128)),
+        *((dtype, 64, both) for dtype in DTYPES[1:]),
     ):
         for kernel in ROPE3D_KERNELS:
-            yield _rope3d_launch(kernel, dtype, head_dim, rotated)
+            yield _rope3d_launch(kernel, dtype, head_dim, transform)
 
 
 def _rope3d_launch(
-    kernel: str, dtype: torch.dtype, head_dim: int, rotated: bool
+    kernel: str, dtype: torch.dtype, head_dim: int, transform: Sequence[str]
 ) -> tuple[str, Launch, bool]:
     """One kernel on 128 queries and 1369 padded keys."""
     queries, keys, parts = 128, 1369, 8
@@ -154,15 +157,17 @@ def _rope3d_launch(
         for length in (queries, keys)
     )
     lse = torch.empty(BATCH, HEADS, queries, device=META)
-    turns = Rotation(torch.empty(keys, 3, device=META), lse)
-    rest = ((turns, turns) if rotated else None), torch.empty(1, dtype=torch.int32, device=META)
+    turns = (torch.empty(keys, 3, device=META), lse) if "rotated" in transform else (None, None)
+    weight = torch.empty(head_dim, dtype=dtype, device=META) if "normed" in transform else None
+    same = Transform(*turns, weight)
+    rest = (same, same), torch.empty(1, dtype=torch.int32, device=META)
     if kernel == "rope3d_forward":
         launch = lambda: launch_rope3d_attention(q, k, k, *rest, 0.1, parts, tile)
     elif kernel == "rope3d_dq":
         launch = lambda: launch_rope3d_dq(q, (q, k, k), (q, lse), *rest, 0.1, parts, tile)
     else:
         launch = lambda: launch_rope3d_dkdv(q, (q, k, k), lse, lse, *rest, 0.1, tile)
-    words = [kernel, f"D{head_dim}", str(dtype)[6:], _words(tile), *["plain"][rotated:]]
+    words = [kernel, f"D{head_dim}", str(dtype)[6:], _words(tile), *(transform or ["plain"])]
     return " ".join(words), launch, dtype != torch.float32
 
 

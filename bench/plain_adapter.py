@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.check import Places
-from sda_fast.reference.rope3d_attention import default_axes, rope3d
+from sda_fast.reference.rope3d_attention import NORM_EPS, default_axes, rope3d
 
 Turn = Callable[[Tensor], Tensor]
 """Turns x [B, S, H, D] by the places of its tokens."""
@@ -75,12 +75,19 @@ def plain_adapter(adapter: Any, features: Tensor, turns: Turns) -> Tensor:
         own, cross = layer.self_attention, layer.cross_attention
         heads = own.num_heads
         q, k, v = _split(own.to_qkv(layer.norm_self(x)), 3, heads)
-        x = x + own.to_out(turned_sdpa(own.norm_q(q), own.norm_k(k), v, None).flatten(2))
+        x = x + own.to_out(turned_sdpa(*_normed(own, q, k), v, None).flatten(2))
         (q,) = _split(cross.to_q(layer.norm_cross(x)), 1, heads)
         k, v = _split(F.linear(patches, weight, bias), 2, heads)
-        x = x + cross.to_out(turned_sdpa(cross.norm_q(q), cross.norm_k(k), v, turns).flatten(2))
+        x = x + cross.to_out(turned_sdpa(*_normed(cross, q, k), v, turns).flatten(2))
         x = x + layer.feed_forward(layer.norm_feed_forward(x))
     return adapter.norm_out(adapter.proj_out(qformer.norm_out(x)))
+
+
+def _normed(attention: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k after the norms of their heads."""
+    weights = attention.norm_q.weight, attention.norm_k.weight
+    q, k = (F.rms_norm(x, w.shape, w, NORM_EPS) for x, w in zip((q, k), weights, strict=True))
+    return q, k
 
 
 def _split(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:

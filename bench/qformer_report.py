@@ -19,6 +19,7 @@ from bench.sides import (
 from bench.tables import table
 
 OURS, OUR_ADAPTER = "ours", "ours-adapter"
+ENCODING = (OURS, "ours-graph")
 TURNED = ("eager", "eager-tables", "compiled", "compiled-tables")
 """RoPE and SDPA, however RoPE is written."""
 COMPILED = ("compiled", "compiled-tables")
@@ -92,7 +93,7 @@ def qformer_tables(records: Sequence[Record]) -> str:
         records: of suites "qformer" and "encode", oldest first; the latest run of each case counts.
     """
     found = sides([r for r in records if r["suite"] == "qformer"], QFormerSide, [OURS, OUR_ADAPTER])
-    whole = sides([r for r in records if r["suite"] == "encode"], QFormerSide, [OURS])
+    whole = sides([r for r in records if r["suite"] == "encode"], QFormerSide, ENCODING)
     if not found and not whole:
         return not_measured(records, "qformer", "qformer encode")
     parts = [table(["goal", "case", "wanted", "measured", ""], [g.row(found) for g in GOALS])]
@@ -131,15 +132,19 @@ def _cells(side: QFormerSide, name: str, pass_name: str) -> list[str]:
 
 
 def _stages(whole: Iterable[QFormerSide]) -> str:
-    """Where the time goes from picture to embedding."""
-    rows = []
+    """Where the time goes from picture to embedding, and why that is not known of some."""
+    rows, unknown = [], []
     for side in whole:
-        record = side.of(OURS, "forward")
-        if record is not None:
+        for record in (side.of(name, "forward") for name in ENCODING):
+            if record is None:
+                continue
             shares = [_share(record["stages_ms"], stage) for stage in STAGES]
-            peak = amount(record["peak_bytes"], MIB)
-            rows.append([f"`{side.case}`", f"{record['p50_ms']:.2f}", *shares, peak])
-    return table(["picture to embedding", "ms", *STAGES, "peak, MiB"], rows)
+            took, peak = f"{record['p50_ms']:.2f}", amount(record["peak_bytes"], MIB)
+            rows.append([f"`{side.case}`", record["label"], took, *shares, peak])
+            if record["stages_reason"]:
+                unknown.append(f"{record['label'].strip('*')}: {record['stages_reason']}.")
+    head = ["picture to embedding", "", "ms", *STAGES, "peak, MiB"]
+    return "\n\n".join([table(head, rows), *dict.fromkeys(unknown)])
 
 
 def _share(stages: dict[str, float] | None, stage: str) -> str:

@@ -4,14 +4,16 @@ Competitors turn q and k first: by the reference rotation, or by kept tables of 
 which suits a compiler better.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from bench.check import Places
 from bench.plain_adapter import Turns, plain_adapter, reference_turns, table_turns, turned_sdpa
@@ -113,6 +115,18 @@ def _our_adapter(case: QFormerCase, work: QFormerWork) -> Run:
     return lambda features: work.adapter(features, (case.side, case.side))
 
 
+def _checkpointed_adapter(case: QFormerCase, work: QFormerWork) -> Run:
+    # modules of its own, to switch checkpoints on in, and the weights that all variants share
+    twin = copy.deepcopy(work.adapter, {id(p): p for p in work.adapter.parameters()})
+    twin.enable_gradient_checkpointing(_checkpoint)
+    return lambda features: twin(features, (case.side, case.side))
+
+
+def _checkpoint(layer: nn.Module, *args: Tensor | None) -> Any:
+    # a layer draws nothing: no random state to keep, which not every torch can do in a CUDA graph
+    return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 def _plain_adapter(make_turns: MakeTurns, compiled: bool = False) -> Any:
     def prepare(case: QFormerCase, work: QFormerWork) -> Run:
         turns = make_turns(work.places, case.head_dim)
@@ -165,6 +179,7 @@ def _every_variant() -> tuple[QFormerVariant, ...]:
         *flash,
         adapter("ours", "**ours, in a CUDA graph**", _our_adapter, gpu=False),
         adapter("ours-launched", "ours, launched", _our_adapter, gpu=False, runs="launched"),
+        adapter("ours-checkpointed", "**ours**, checkpointed", _checkpointed_adapter, gpu=False),
         adapter(
             "eager", "eager reference", _plain_adapter(reference_turns), gpu=False, runs="launched"
         ),

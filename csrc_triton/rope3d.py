@@ -1,4 +1,6 @@
-"""Rotary embedding over three axes, in registers: what the rope3d kernels share.
+"""RMSNorm of a head and rotary embedding over three axes, in registers: what rope3d kernels share.
+
+    norm(x) = x / sqrt(mean(x ** 2) + EPS) * weight        (Zhang and Sennrich, arXiv 1910.07467)
 
 In the block of axis a, of size d, the pair (x[2i], x[2i+1]) turns by coords[a] * theta ** (-2i / d)
 (Su et al., arXiv 2104.09864, applied per axis).
@@ -11,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+EPS = tl.constexpr(1e-6)
 
 # sine and cosine of f quarter turns, |f| <= 1/2: Taylor terms, the next ones are below 3e-8
 S1 = tl.constexpr(pi / 2)
@@ -25,21 +29,32 @@ C8 = tl.constexpr((pi / 2) ** 8 / 40320)
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """What turns the tokens of one sequence.
+class Transform:
+    """What the tokens of one sequence go through as they are loaded: a norm, then a rotation.
 
     Attributes:
-        coords: [S, 3] or [B, S, 3] f32: level, y, x; last two dimensions contiguous.
-        pairs: [2, WIDTH / 2] f32 of each pair of elements: its axis, and its quarter turns a unit.
+        coords: [S, 3] or [B, S, 3] f32: level, y, x; last two dimensions contiguous. None for no
+            rotation.
+        pairs: [2, WIDTH / 2] f32 of each pair of elements: its axis, and its quarter turns a unit;
+            None likewise.
+        weight: [D] contiguous, of the norm; None for no norm.
     """
 
-    coords: Tensor
-    pairs: Tensor
+    coords: Tensor | None = None
+    pairs: Tensor | None = None
+    weight: Tensor | None = None
+
+    def pointers(self, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """coords, pairs and weight for a launch; what is not there is never read."""
+        coords, pairs, weight = (
+            unused if t is None else t for t in (self.coords, self.pairs, self.weight)
+        )
+        return coords, pairs, weight
 
     @property
     def stride_b(self) -> int:
         """From one sample's coordinates to the next one's; 0 where all share them."""
-        return self.coords.stride(0) if self.coords.ndim == 3 else 0
+        return self.coords.stride(0) if self.coords is not None and self.coords.ndim == 3 else 0
 
 
 def padded_width(head_dim: int) -> int:
@@ -94,6 +109,30 @@ def turn(x, sine, cosine, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     even, odd = tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
     pairs = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
     return tl.reshape(pairs, [ROWS, WIDTH])
+
+
+@triton.jit
+def inverse_rms(x, HEAD_DIM: tl.constexpr):
+    """1 / sqrt(mean(x ** 2) + EPS) of each row of x [ROWS, WIDTH] f32, zero beyond D."""
+    return tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + EPS)
+
+
+@triton.jit
+def load_weight(ptr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """[WIDTH] f32 weight of the norm, zero beyond D."""
+    d = tl.arange(0, WIDTH)
+    return tl.load(ptr + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def norm_back(d_normed, x, weight, HEAD_DIM: tl.constexpr):
+    """From gradients of normed rows, all f32, to those of the rows and, summed, of the weight."""
+    inverse = inverse_rms(x, HEAD_DIM)[:, None]
+    unit = x * inverse
+    d_weight = tl.sum(d_normed * unit, 0)
+    d_unit = d_normed * weight[None, :]
+    along = tl.sum(d_unit * unit, 1) / HEAD_DIM
+    return (d_unit - unit * along[:, None]) * inverse, d_weight
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Attention of few queries to many keys, both rotated by their place as they are loaded: forward.
 
-    s_ij = scale * <R(q_i), R(k_j)>        R turns by (level, y, x); nothing rotated is written
+    s_ij = scale * <R(q_i), R(k_j)>        R turns by (level, y, x), after a norm if one is given;
+                                           nothing rotated or normed is written
     o_i = sum_j softmax(s_i)_j v_j         lse_i = log sum_j exp(s_ij)
 
 A program owns one tile of queries and one part of the keys. Where there is more than one part, the
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from csrc_triton.primitives import LN_2, LOG2_E, fold_masked_scores
 from csrc_triton.rope3d import (
-    Rotation,
+    Transform,
+    inverse_rms,
     load_row_tile,
     load_turn,
+    load_weight,
     padded_width,
     store_row_tile,
     turn,
@@ -28,18 +31,25 @@ MERGED = 16
 
 
 @triton.jit
-def load_turned(
-    ptr, coords_ptr, pairs_ptr, rows, in_range, stride,
+def load_transformed(
+    ptr, coords_ptr, pairs_ptr, weight_ptr, rows, in_range, stride,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     ROTATE: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, WIDTH] tokens, turned and rounded back to their dtype."""
+    """[ROWS, WIDTH] tokens, normed, turned and rounded back to their dtype."""
     x = load_row_tile(ptr, rows, in_range, stride, HEAD_DIM, WIDTH)
-    if ROTATE:
-        sine, cosine = load_turn(coords_ptr, pairs_ptr, rows, in_range, WIDTH // 2)
-        x = turn(x.to(tl.float32), sine, cosine, ROWS, WIDTH).to(x.dtype)
+    if NORM or ROTATE:
+        y = x.to(tl.float32)
+        if NORM:
+            weight = load_weight(weight_ptr, HEAD_DIM, WIDTH)
+            y *= inverse_rms(y, HEAD_DIM)[:, None] * weight[None, :]
+        if ROTATE:
+            sine, cosine = load_turn(coords_ptr, pairs_ptr, rows, in_range, WIDTH // 2)
+            y = turn(y, sine, cosine, ROWS, WIDTH)
+        x = y.to(x.dtype)
     return x
 
 
@@ -56,7 +66,8 @@ def keys_of_part(part, keys_per_part, num_keys, lengths_ptr, b, HAS_LENGTHS: tl.
     do_not_specialize=["num_heads", "num_queries", "num_keys", "num_parts", "keys_per_part"]
 )
 def _rope3d_attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_coords_ptr, k_coords_ptr, pairs_ptr, lengths_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr,
+    q_coords_ptr, q_pairs_ptr, q_weight_ptr, k_coords_ptr, k_pairs_ptr, k_weight_ptr,
     stride_qb, stride_qs, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
@@ -68,6 +79,7 @@ def _rope3d_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROTATE: tl.constexpr,
+    NORM: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, one part of the keys.
@@ -85,9 +97,9 @@ def _rope3d_attention_kernel(
 
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = m < num_queries
-    q = load_turned(
-        q_ptr + b * stride_qb + h * stride_qh, q_coords_ptr + b * stride_qcb, pairs_ptr,
-        m, in_rows, stride_qs, BLOCK_M, HEAD_DIM, WIDTH, ROTATE,
+    q = load_transformed(
+        q_ptr + b * stride_qb + h * stride_qh, q_coords_ptr + b * stride_qcb, q_pairs_ptr,
+        q_weight_ptr, m, in_rows, stride_qs, BLOCK_M, HEAD_DIM, WIDTH, ROTATE, NORM,
     )  # fmt: skip
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -96,9 +108,9 @@ def _rope3d_attention_kernel(
     for first in range(start, stop, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         in_range = n < stop
-        k = load_turned(
-            k_ptr, k_coords_ptr, pairs_ptr, n, in_range, stride_ks,
-            BLOCK_N, HEAD_DIM, WIDTH, ROTATE,
+        k = load_transformed(
+            k_ptr, k_coords_ptr, k_pairs_ptr, k_weight_ptr, n, in_range, stride_ks,
+            BLOCK_N, HEAD_DIM, WIDTH, ROTATE, NORM,
         )  # fmt: skip
         v = load_row_tile(v_ptr, n, in_range, stride_vs, HEAD_DIM, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
@@ -157,7 +169,7 @@ def launch_rope3d_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rotations: tuple[Rotation, Rotation] | None,
+    transforms: tuple[Transform, Transform],
     lengths: Tensor | None,
     scale: float,
     num_parts: int,
@@ -169,7 +181,7 @@ def launch_rope3d_attention(
         q: [B, N, H, D], last stride 1.
         k: [B, S, H, D], likewise.
         v: as k.
-        rotations: of the queries and of the keys; None for plain attention.
+        transforms: of the queries and of the keys, alike but for the values.
         lengths: [B] int32, keys of each sample; None for S.
         scale: positive.
         num_parts: parts of the keys, each to programs of its own.
@@ -185,20 +197,20 @@ def launch_rope3d_attention(
         parts = torch.empty(num_parts, *q.shape, **f32)
         part_lse = torch.empty(num_parts, *lse.shape, **f32)
     keys_per_part = triton.cdiv(triton.cdiv(num_keys, num_parts), tile.block_n) * tile.block_n
-    turned = rotations is not None
-    q_turn, k_turn = rotations if turned else (Rotation(lse, lse), Rotation(lse, lse))
+    of_q, of_k = transforms
     tiles = triton.cdiv(num_queries, tile.block_m) * batch * heads
     _rope3d_attention_kernel[(tiles * num_parts,)](
-        q, k, v, parts, part_lse, q_turn.coords, k_turn.coords, q_turn.pairs,
-        lse if lengths is None else lengths,
+        q, k, v, parts, part_lse, lse if lengths is None else lengths,
+        *of_q.pointers(lse), *of_k.pointers(lse),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *parts.stride()[1:4], parts.stride(0),
-        q_turn.stride_b if turned else 0, k_turn.stride_b if turned else 0,
+        of_q.stride_b, of_k.stride_b,
         heads, num_queries, num_keys, num_parts, keys_per_part, scale * LOG2_E,
         HEAD_DIM=head_dim,
         WIDTH=width,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        ROTATE=turned,
+        ROTATE=of_q.coords is not None,
+        NORM=of_q.weight is not None,
         HAS_LENGTHS=lengths is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -191,10 +191,13 @@ def choose_parts(tiles: int, blocks: int, processors: int) -> int:
 
     Args:
         tiles: programs without a split.
-        blocks: blocks of keys; each part gets one at least.
+        blocks: blocks of keys; each part but the last gets two at least, since to merge one costs
+            about what it saves (by arithmetic, not timed yet), and no part is empty.
         processors: multiprocessors of the GPU.
     """
-    return max(1, min(processors // tiles, blocks))
+    parts = max(1, min(processors // tiles, -(-blocks // 2)))
+    blocks_per_part = -(-blocks // parts)
+    return -(-blocks // blocks_per_part)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sda_fast.ops import rope3d_attention
+from sda_fast.reference.rope3d_attention import NORM_EPS
 
 
 class QFormer(nn.Module):
@@ -165,8 +166,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.to_qkv = _linear(width, 3 * width)
-        self.norm_q = RMSNorm(width // num_heads)
-        self.norm_k = RMSNorm(width // num_heads)
+        self.norm_q = HeadNorm(width // num_heads)
+        self.norm_k = HeadNorm(width // num_heads)
         self.to_out = _linear(width, width, gain)
 
     def forward(self, x: Tensor, coords: Tensor | None) -> Tensor:
@@ -175,7 +176,8 @@ class SelfAttention(nn.Module):
             self.to_qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.num_heads
         )
         q, k, v = qkv.unbind(0)
-        return self.to_out(_attend(self.norm_q(q), self.norm_k(k), v, coords, coords))
+        norms = self.norm_q(), self.norm_k()
+        return self.to_out(_attend(q, k, v, coords, coords, norms))
 
 
 class CrossAttention(nn.Module):
@@ -191,8 +193,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.to_q = _linear(width, width)
-        self.norm_q = RMSNorm(width // num_heads)
-        self.norm_k = RMSNorm(width // num_heads)
+        self.norm_q = HeadNorm(width // num_heads)
+        self.norm_k = HeadNorm(width // num_heads)
         self.to_out = _linear(width, width, gain)
 
     def forward(
@@ -201,7 +203,8 @@ class CrossAttention(nn.Module):
         """x [B, N, C], kv [B, S, 2, H, D] -> [B, N, C]; coords [N or S, 3] f32 rotate, None not."""
         q = rearrange(self.to_q(x), "b n (h d) -> b n h d", h=self.num_heads)
         k, v = kv.unbind(2)
-        return self.to_out(_attend(self.norm_q(q), self.norm_k(k), v, q_coords, k_coords))
+        norms = self.norm_q(), self.norm_k()
+        return self.to_out(_attend(q, k, v, q_coords, k_coords, norms))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -212,7 +215,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def __init__(self, dim: int) -> None:
-        super().__init__(dim, eps=1e-6)
+        super().__init__(dim, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim], dtype of x."""
@@ -220,13 +223,34 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
+class HeadNorm(nn.Module):
+    """Weight of an RMSNorm over a head, which the attention does as it loads q or k.
+
+    Args:
+        dim: D.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self) -> Tensor:
+        """The weight [D]; called, not read, for the hooks that fetch weights when they are due."""
+        return self.weight
+
+
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, q_coords: Tensor | None, k_coords: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_coords: Tensor | None,
+    k_coords: Tensor | None,
+    norms: tuple[Tensor, Tensor],
 ) -> Tensor:
     """[B, S, H, D] each -> [B, N, H * D]."""
     if q_coords is None or k_coords is None:
         q_coords = k_coords = None
-    return rope3d_attention(q, k, v, q_coords, k_coords).flatten(2)
+    return rope3d_attention(q, k, v, q_coords, k_coords, norms=norms).flatten(2)
 
 
 def _linear(in_features: int, out_features: int, gain: float = 1.0) -> nn.Linear:

@@ -12,7 +12,9 @@ is off by about `2 * eps * |q| * |k| * scale`, and so is each probability, relat
 delta = rowsum(dO * O) is taken from the rounded output, which dq and dk inherit. Where q and k are
 rotated first, a float32 angle is off by `eps * angle` and turns the logit with it; and a kernel
 that multiplies rotated operands in half precision rounds them, as the reference does: its out and
-lse are held to the reference's error where that is worse than the cap.
+lse are held to the reference's error where that is worse than the cap. Where q and k are normed
+first, what is off in the gradients of normed rows goes on through the norm: divided by a row's root
+mean square to dq and dk, added up over the rows, at random, to the gradients of the weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bench.check import GRADIENT_CAP, OUTPUT_CAP, RATIO
+from sda_fast.reference.rope3d_attention import head_norm
 
 RMS_RATIO = 2.0
 # ratios and caps are the benchmark's: absolute for outputs, relative to max|ref| for gradients
@@ -42,6 +45,18 @@ class Attention(NamedTuple):
     dq: Tensor
     dk: Tensor
     dv: Tensor
+
+
+class NormedAttention(NamedTuple):
+    """The same, with the gradients of the weights of norms of q and k."""
+
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dq_norm: Tensor
+    dk_norm: Tensor
 
 
 def draw_qkv(
@@ -66,16 +81,18 @@ def run_attention(
     qkv: Sequence[Tensor],
     d_out: Tensor,
     dtype: torch.dtype | None = None,
-) -> Attention:
+) -> Attention | NormedAttention:
     """Run `op(q, k, v) -> (out, lse)` and its gradients, in another dtype if one is given.
 
-    Without a dtype the very tensors, with their strides, go in.
+    The weights [D] of norms of q and k may follow in qkv; op takes them, too, then. Without a
+    dtype the very tensors, with their strides, go in.
     """
     if dtype is not None:
         qkv, d_out = [t.to(dtype) for t in qkv], d_out.to(dtype)
     qkv = [t.detach().requires_grad_() for t in qkv]
     out, lse = op(*qkv)
-    return Attention(out.detach(), lse.detach(), *torch.autograd.grad(out, qkv, d_out))
+    results = out.detach(), lse.detach(), *torch.autograd.grad(out, qkv, d_out)
+    return Attention(*results) if len(qkv) == 3 else NormedAttention(*results)
 
 
 def assert_attention(
@@ -89,6 +106,7 @@ def assert_attention(
 
     Both are called as f(q, k, v) and return out [B, S, H, D] and lse [B, H, S]. The largest angle
     by which they turn q and k is given, in radians, for kernels that multiply turned operands.
+    With five tensors in qkv the last two are weights of norms, and their gradients count, too.
     """
     dtype = qkv[0].dtype
     exact = run_attention(reference, qkv, d_out, torch.float64)
@@ -99,14 +117,14 @@ def assert_attention(
 
     slack = _unavoidable(qkv, d_out, exact, largest_angle or 0.0)
     rounds_operands = largest_angle is not None and dtype != torch.float32
-    for name in Attention._fields:
+    for name in exact._fields:
         a, e, x = getattr(actual, name), getattr(eager, name), getattr(exact, name)
         _assert_pattern(name, a, x)
         finite = x.isfinite()
         a, e, x = a[finite].double(), e[finite].double(), x[finite]
         largest = x.abs().max().item()
         rounding = torch.finfo(actual.lse.dtype if name == "lse" else dtype).eps * largest
-        ratio = RATIO["out" if name == "lse" else name]
+        ratio = RATIO["out" if name == "lse" else name.removesuffix("_norm")]
         if name == "lse":
             cap = LSE_CAP * max(largest, 1.0)
         elif name == "out":
@@ -124,22 +142,32 @@ def assert_attention(
 
 
 def _unavoidable(
-    qkv: Sequence[Tensor], d_out: Tensor, exact: Attention, angle: float
+    qkv: Sequence[Tensor], d_out: Tensor, exact: Attention | NormedAttention, angle: float
 ) -> dict[str, float]:
     """Errors of each result from rounded logits and, for dq and dk, from a rounded delta."""
-    q, k, v = (t.double().transpose(1, 2) for t in qkv)
+    q, k, v, *weights = (t.double() for t in qkv)
+    inverse, largest, rows = [1.0, 1.0], [1.0, 1.0], [1, 1]
+    if weights:
+        inverse = [x.square().mean(-1).add(1e-6).rsqrt().max().item() for x in (q, k)]
+        largest = [weight.abs().max().item() for weight in weights]
+        rows = [x[..., 0].numel() for x in (q, k)]
+        q, k = (head_norm(x, weight) for x, weight in zip((q, k), weights, strict=True))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     d_p = (d_out.double().transpose(1, 2) @ v.mT).abs().max().item()
     delta = (d_out.double() * exact.out).square().sum(-1).sqrt().max().item()
     scale = q.shape[-1] ** -0.5
     logit = 2 * EPS * q.norm(dim=-1).max().item() * k.norm(dim=-1).max().item() * scale
     logit *= 1 + angle
     d_s = (logit * d_p + torch.finfo(qkv[0].dtype).eps / 2 * delta) * scale
+    dq, dk = d_s * k.abs().max().item(), d_s * q.abs().max().item()
     return {
         "out": logit * exact.out.abs().max().item(),
         "lse": logit,
-        "dq": d_s * k.abs().max().item(),
-        "dk": d_s * q.abs().max().item(),
+        "dq": dq * inverse[0] * largest[0],
+        "dk": dk * inverse[1] * largest[1],
         "dv": logit * exact.dv.abs().max().item(),
+        "dq_norm": dq * rows[0] ** 0.5,
+        "dk_norm": dk * rows[1] ** 0.5,
     }
 
 

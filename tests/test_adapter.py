@@ -278,3 +278,15 @@ class TestGrow:
         with pytest.raises(ValueError, match=r"tree must be a Hierarchy, got \(4, 2, 1\)"):
             adapter.grow((4, 2, 1))
         assert adapter.tree == Hierarchy((4, 2))
+
+
+def test_weights_that_hooks_fetch_when_they_are_due():
+    """As under sequential offload: between forwards they are on no device at all."""
+    accelerate = pytest.importorskip("accelerate")
+    adapter, features = tiny_adapter(), torch.randn(2, 12, FEATURES)
+    with torch.no_grad():
+        want = adapter(features, (3, 4))
+        accelerate.cpu_offload(adapter, execution_device="cpu")
+        weight = adapter.qformer.layers[0].cross_attention.norm_k.weight
+        assert weight.device.type == "meta"
+        assert torch.equal(adapter(features, (3, 4)), want)

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bench.encode import CASES, CLIP, DINO, GOALS, SMALL, Encode, Stages, select_encode
 from bench.encode import VARIANTS as OURS
 from bench.qformer_report import STAGES, qformer_tables
+from sda_fast.adapter import SemanticAdapter
 from sda_fast.adapter_config import PRESETS
 
 from .test_bench_measure import bench_small
@@ -96,17 +99,57 @@ def small(tmp_path_factory):
 
 
 def test_on_a_cpu_the_suite_runs_to_its_end(small):
-    (record,) = small
+    record, graph = small
     assert (record["case"], record["variant"], record["status"]) == (SMALL[0].name, "ours", "ok")
     assert record["pass"] == "forward"
     assert list(record["stages_ms"]) == list(STAGES)
+    assert record["stages_reason"] is None
+    assert not record["graph"]
+    assert (graph["variant"], graph["status"]) == ("ours-graph", "skipped")
+    assert graph["reason"] == "it needs a CUDA device"
 
 
-def test_the_report_shows_the_share_of_each_stage(small):
+def test_only_the_graph_asks_for_one_and_has_no_stages(monkeypatch):
+    asked, encode = [], SemanticAdapter.encode
+
+    def spy(adapter, pictures, graph=False):
+        asked.append(graph)
+        return encode(adapter, pictures)
+
+    monkeypatch.setattr(SemanticAdapter, "encode", spy)
+    (plain,) = Encode([OURS["ours"]], CPU, 1).measure(SMALL[0])
+    assert asked
+    assert not any(asked)
+    asked.clear()
+    (whole,) = Encode([replace(OURS["ours-graph"], gpu=False)], CPU, 1).measure(SMALL[0])
+    assert asked
+    assert all(asked)
+    assert (plain["status"], whole["status"]) == ("ok", "ok")
+    assert (whole["graph"], whole["stages_ms"], whole["peak_bytes"]) == (True, None, None)
+    assert whole["stages_reason"] == "it is replayed whole, its stages cannot be told apart"
+
+
+def test_without_a_gpu_the_graph_is_refused():
+    variant = replace(OURS["ours-graph"], gpu=False)
+    (record,) = Encode([variant], CPU, 1).measure(SMALL[0])
+    assert record["status"] == "skipped"
+    assert "CUDA" in record["reason"]
+
+
+def test_the_report_has_a_row_of_each_and_the_share_of_each_stage(small):
     stages = dict.fromkeys(STAGES, 1.0) | {"clip": 15.0}
     more = {"gpu": "NVIDIA H100", "case": "encode-b1-378px", "p50_ms": 20.5, "stages_ms": stages}
-    text = " ".join(qformer_tables([small[0] | more]).split())
-    assert "| `encode-b1-378px` | 20.50 | 1.00 (5 %) | 15.00 (75 %) | 1.00 (5 %)" in text
+    plain = small[0] | more
+    unseen = {"status": "ok", "reason": None, "stages_ms": None, "p50_ms": 9.25}
+    graph = small[1] | more | unseen
+    text = " ".join(qformer_tables([plain, graph]).split())
+    head = "| `encode-b1-378px` |"
+    assert f"{head} **ours** | 20.50 | 1.00 (5 %) | 15.00 (75 %) | 1.00 (5 %)" in text
+    assert f"{head} **ours, in a CUDA graph** | 9.25 | – | – |" in text
+    assert (
+        text.count("in a CUDA graph: it is replayed whole, its stages cannot be told apart.") == 1
+    )
     assert "| not measured |" in text  # the goals are the other suite's
-    untaken = qformer_tables([small[0] | more | {"stages_ms": None}])
-    assert "| `encode-b1-378px`    | 20.50 | –" in untaken
+    alone = qformer_tables([graph])
+    assert "| 9.25" in alone
+    assert "**ours** " not in alone

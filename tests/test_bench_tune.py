@@ -1,6 +1,7 @@
-"""The sweep of tiles, on a CPU in Triton's interpreter, and in small what test_joint_gpu checks."""
+"""The sweep of joint attention's tiles, on a CPU in Triton's interpreter."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import astuple, replace
@@ -10,22 +11,29 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from bench import attempts, tune
+from bench import attempts, tune, tune_joint
 from bench.__main__ import main as bench
 from bench.attempts import Attempt, Turns, run
-from bench.cases import CASES, SMALL, Case, select
+from bench.cases import SMALL, Case, select
 from bench.circumstances import circumstances
-from bench.measure import Deadline, attention_step
+from bench.measure import Deadline
 from bench.records import read_records
 from bench.suite import DeviceLost
-from bench.tune import NARROW_SWEEP, SWEEP, Subject, Tuning, chosen, shapes, with_masked
+from bench.tune import chosen
+from bench.tune_joint import NARROW_SWEEP, SWEEP, JointTuning, Subject, shapes, with_masked
 from bench.tune_table import entries, fastest, line, preferred
-from csrc_triton import joint_attention, joint_attention_backward, tiles
-from csrc_triton.tiles import IMPLEMENTATIONS, KERNELS, Entry, Problem, Tile, choose_tile
-from sda_fast.hierarchy import RULES, Hierarchy
+from csrc_triton import joint_attention, tiles
+from csrc_triton.tiles import (
+    IMPLEMENTATIONS,
+    KERNELS,
+    ROPE3D_KERNELS,
+    Entry,
+    Problem,
+    Tile,
+    choose_tile,
+)
+from sda_fast.hierarchy import Hierarchy
 
-from . import test_joint_gpu as on_gpu
-from .joint_tiles import implementations
 from .test_bench_measure import ROOT, plain_environment
 
 CPU = torch.device("cpu")
@@ -36,7 +44,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
 def evaluated(lines):
     """What the printed lines mean where they are pasted."""
     names = {"Entry": Entry, "Preference": tiles.Preference, "Tile": Tile, "torch": torch}
-    return eval("(" + "\n".join(lines) + ")", names)
+    return eval("(" + "\n".join(lines) + "\n)", names)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +62,12 @@ def small(tmp_path_factory):
 
 
 def test_in_the_interpreter_the_suite_runs_to_its_end(small):
-    records, said = small
-    assert {r["status"] for r in records} == {"ok"}
+    every, said = small
+    assert {r["status"] for r in every} == {"ok"}
+    records = [r for r in every if r["op"] == "hierarchical_attention"]
+    others = every[len(records) :]
+    assert {r["op"] for r in others} == {"rope3d_attention"}
+    assert list(dict.fromkeys(r["kernel"] for r in others)) == [*ROPE3D_KERNELS]
     sweeps = [(r["implementation"], r["kernel"]) for r in records if r["kernel"]]
     assert list(dict.fromkeys(sweeps)) == [(i, k) for i in IMPLEMENTATIONS for k in KERNELS]
     passes = [(r["pass"], r["implementation"]) for r in records if not r["kernel"]]
@@ -64,7 +76,7 @@ def test_in_the_interpreter_the_suite_runs_to_its_end(small):
         assert (record["suite"], record["case"]) == ("tune", SMALL[0].name)
         assert 0 < record["p20_ms"] <= record["p50_ms"] <= record["p80_ms"]
         assert (record["reps"], record["gpu"], record["nvml"]) == (1, None, None)
-    assert f"{len(records)} records in" in said
+    assert f"{len(every)} records in" in said
 
 
 def test_the_smallest_forward_tile_is_among_those_that_pass(small):
@@ -79,8 +91,7 @@ def test_the_smallest_forward_tile_is_among_those_that_pass(small):
 
 def test_what_is_printed_can_be_pasted(small):
     records, said = small
-    printed = said[said.index("    Entry(") :]
-    table, _, rest = printed.partition("\n\n")
+    _, table, rest, _ = re.split(r"\n# ENTRIES|\n# PREFERRED|\n# ROPE3D_ENTRIES", said)
     found = evaluated(table.splitlines())
     assert [(e.kernel, e.implementation) for e in found] == [
         (kernel, implementation) for kernel in KERNELS for implementation in IMPLEMENTATIONS
@@ -103,7 +114,7 @@ def test_what_is_printed_can_be_pasted(small):
 
 
 def tuning(**options):
-    return Tuning(Turns(CPU, 1, **options), small=True, about=circumstances(CPU))
+    return JointTuning(Turns(CPU, 1, **options), small=True, about=circumstances(CPU))
 
 
 def records_of(found, kernel, implementation):
@@ -166,7 +177,7 @@ def test_a_wrong_tile_is_recorded_and_never_timed(kernels, monkeypatch):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_every_result_of_every_kernel_is_checked(implementation, kernels):
     subject = Subject.of(TINY, CPU)
-    for kernel, names in tune.RESULTS.items():
+    for kernel, names in tune_joint.RESULTS.items():
         [tile, *_] = shapes(kernel, Tile(16, 16, 4, 1, 16), 16, small=True)
         results = subject.kernel_step(kernel, implementation, tile)()
         assert subject.faults(names, results) == []
@@ -331,69 +342,43 @@ def test_what_cannot_run_is_refused_before_anything_does(options, says, tmp_path
     assert not (tmp_path / "new").exists()
 
 
+def chosen_anywhere(text):
+    return select(text, tune.GROUPS, tune.CASES)
+
+
 def test_the_interpreter_is_for_float32_on_a_cpu(monkeypatch):
     monkeypatch.setattr(tune, "interpreted", lambda: True)
-    with pytest.raises(ValueError, match=r"needs float32 cases, got flux-1024-b1-tree32\.8\.4, fl"):
+    with pytest.raises(ValueError, match=r"needs float32 cases, got flux-1024-b1-tree32\.8\.4, op"):
         chosen(tune.DEFAULT, None, CPU)
     with pytest.raises(ValueError, match="TRITON_INTERPRET is set: without it"):
         chosen(tune.DEFAULT, None, torch.device("cuda"))
-    cases = chosen("small", "64,16", CPU)
-    assert [c.head_dim for c in cases] == [64] * 3 + [16] * 3
-    assert [c.name for c in cases[:3]] == [c.name for c in SMALL]
+    cases = chosen("small-?x*", "64,16", CPU)
+    assert [c.head_dim for c in cases] == [64] * 2 + [16] * 2
+    assert [c.name for c in cases[:2]] == [c.name for c in SMALL[:2]]
 
 
-def test_the_default_cases_are_flux_s():
-    assert [c.name for c in select(tune.DEFAULT)] == [
+def test_the_default_cases_are_flux_s_and_the_adapter_s():
+    found = [c.name for c in chosen_anywhere(tune.DEFAULT)]
+    assert [name for name in found if name.startswith("flux")] == [
         f"flux-{size}-tree32.8.4" for size in ("1024-b1", "2048-b1", "512-b1", "1024-b4")
     ]
-    assert set(select(tune.DEFAULT)) <= set(CASES.values())
+    assert [name for name in found if name.startswith("op")] == [
+        "op-b1-s1369", "op-b16-s1369", "op-b16-s4096"
+    ]  # fmt: skip
+    assert found == tune.DEFAULT.split(",")
 
 
-# what tests/test_joint_gpu.py checks at real sizes
-
-
-@needs_no_gpu
-@pytest.mark.parametrize("rule", RULES)
-def test_a_small_sequence_is_as_good_as_the_reference(rule, kernels):
-    on_gpu.assert_right(replace(TINY, rule=rule, head_dim=32), CPU)
-
-
-@needs_no_gpu
-@pytest.mark.parametrize("rule", RULES)
-def test_the_check_of_the_gpu_notices_a_wrong_gradient(rule, kernels, monkeypatch):
-    launch = spoiled(
-        joint_attention_backward.launch_joint_attention_dkdv,
-        lambda _args, results, _tile: results[0][0, -1].mul_(1.01),
-    )
-    monkeypatch.setattr(joint_attention_backward, "launch_joint_attention_dkdv", launch)
-    with pytest.raises(AssertionError, match="dk is off by"):
-        on_gpu.assert_right(replace(TINY, rule=rule), CPU, which=implementations(rule)[:1])
-
-
-@needs_no_gpu
-@pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_tensors_in_one_wide_buffer(implementation, place, kernels):
-    on_gpu.assert_far_is_near(replace(TINY, batch=2), implementation, CPU, place, 1 << 16)
-
-
-@needs_no_gpu
-def test_inputs_expanded_over_the_batch(kernels):
-    on_gpu.assert_all_samples_alike(replace(TINY, batch=3), CPU)
-
-
-@needs_no_gpu
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_the_buffer_of_a_single_block_in_small(implementation, kernels):
-    on_gpu.assert_single_block(replace(TINY, batch=2), implementation, CPU, 4 * 32)
-
-
-def test_repeats_are_compared_bit_by_bit():
-    x, loads = torch.randn(7), []
-    on_gpu.assert_repeats(lambda: (x, x[:3]), 5, lambda: loads.append(1))
-    assert len(loads) == 5
-    other = iter([x, x, x.neg().neg(), x.nextafter(x + 1), x])
-    with pytest.raises(AssertionError):
-        on_gpu.assert_repeats(lambda: (x, next(other)), 4, lambda: None)
-    step = attention_step(lambda q, k, v: q + k * v, [torch.ones(1, 2, 1, 2)] * 4, backward=True)
-    on_gpu.assert_repeats(step, 2, lambda: None)
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("op-b64-*,flux-512-b8-tree16",
+         ["op-b64-s729", "op-b64-s1369", "op-b64-s4096", "flux-512-b8-tree16"]),
+        ("op", [f"op-b{b}-s{s}" for s in (729, 1369, 4096) for b in (1, 4, 16, 64)]),
+        ("small", [*(c.name for c in SMALL), "small-op-b1-s16", "small-op-b2-s25"]),
+    ],
+)  # fmt: skip
+def test_cases_of_both_operators_have_names(text, names):
+    assert [c.name for c in chosen_anywhere(text)] == names
+    assert {"op-b16-s1369", "flux-1024-b1-tree32.8.4"} < {c.name for c in chosen_anywhere("goals")}
+    with pytest.raises(ValueError, match=r"of goals, flux, op, small or names like .*, got 'adapt"):
+        chosen_anywhere("adapter-b1-s1369")

@@ -1,7 +1,5 @@
 """Joint attention at real sizes: what only a GPU can show, before anything is timed on it."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -9,21 +7,27 @@ import torch
 
 from bench.cases import CASES, THREE_LEVELS, Case
 from bench.measure import Graph, attention_step, peak_bytes
-from bench.tune import Subject
+from bench.tune_joint import Subject
 from sda_fast import ops
 from sda_fast.hierarchy import RULES
 from sda_fast.ops import joint_kernels
 
 from .attention_cases import Case as Sequence
 from .attention_cases import draw
+from .gpu_checks import (
+    NEEDS_GPU,
+    assert_a_capture_must_wait_for_a_run,
+    assert_a_side_stream_may_run_first,
+    assert_repeats,
+    assert_rows_alike,
+    assert_same_bits,
+    far_apart,
+    other_work,
+)
 from .joint_tiles import check, implementations, on
 from .numerics import LOGITS
-from .test_bench_measure import ROOT
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = NEEDS_GPU
 
 # rows and columns of image tokens, heads: all of FLUX's where float64 takes them in seconds
 SIZES = {
@@ -33,22 +37,12 @@ SIZES = {
     "flux-2048": (128, 128, 4),
 }
 FLUX_512 = CASES["flux-512-b1-tree32.8.4"]
-BITS = {2: torch.int16, 4: torch.int32}
 
 
 def attend(case: Case, implementation: str, **more):
     return lambda q, k, v: ops.hierarchical_attention(
         q, k, v, case.tree, case.h, case.w, case.rule, implementation=implementation, **more
     )
-
-
-def bits(t):
-    return t.contiguous().view(BITS[t.element_size()])
-
-
-def assert_same_bits(found, expected):
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert torch.equal(bits(a), bits(b)), f"result {i}"
 
 
 def assert_right(case: Case, device, which=None):
@@ -62,39 +56,10 @@ def assert_right(case: Case, device, which=None):
         assert subject.faults(("out", "dq", "dk", "dv"), both) == [], implementation
 
 
-def assert_repeats(step, times, load):
-    """Every result has the bits of the first one, with other work on the device meanwhile."""
-    first = [bits(t).clone() for t in step()]
-    differ = [torch.zeros((), dtype=torch.int64, device=t.device) for t in first]
-    for _ in range(times):
-        load()
-        for count, a, b in zip(differ, step(), first, strict=True):
-            count += bits(a).ne(b).any()
-    assert [int(count) for count in differ] == [0] * len(first)
-
-
-def far_apart(case: Case, device, place, reach):
-    """q, k, v, d_out and an out in one buffer full of NaN, neighbours in `place` so far apart that
-    the last is `reach` elements or more from the first."""
-    shape = case.batch, case.seq_len, case.heads, case.head_dim
-    pack = 5 * case.head_dim
-    strides = [pack * case.heads * case.seq_len, pack * case.heads, pack, 1]
-    if place == 2:
-        strides[1] = pack  # a head's tokens lie together
-    strides[place] = -(-reach // (shape[place] - 1) // pack) * pack
-    assert strides[place] >= pack * case.heads
-    assert strides[place] * (shape[place] - 1) >= reach
-    size = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + pack
-    buffer = torch.full((size,), float("nan"), dtype=case.dtype, device=device)
-    views = [buffer.as_strided(shape, strides, i * case.head_dim) for i in range(5)]
-    for view, t in zip(views, case.inputs(device), strict=False):
-        view.copy_(t)
-    return buffer, views
-
-
 def assert_far_is_near(case: Case, implementation, device, place, reach):
     subject = Subject.of(case, device)
-    buffer, (*qkv, d_out, out) = far_apart(case, device, place, reach)
+    unset = torch.full_like(subject.inputs[0], float("nan"))
+    buffer, (*qkv, d_out, out) = far_apart([*subject.inputs, unset], place, reach)
     with torch.no_grad():
         near, near_lse = attend(case, implementation, return_lse=True)(*subject.inputs[:3])
         lse = attend(case, implementation, return_lse=True, out=out)(*qkv)[1]
@@ -116,9 +81,7 @@ def assert_all_samples_alike(case: Case, device):
     inputs = [t.expand(case.batch, -1, -1, -1) for t in one.inputs]
     results = attention_step(attend(case, "fused"), inputs, backward=True)()
     assert one.faults(("out", "dq", "dk", "dv"), [t[:1] for t in results]) == []
-    for result in results:
-        assert result.shape[0] == case.batch
-        assert bits(result).eq(bits(result[:1])).all()
+    assert_rows_alike(results, case.batch)
 
 
 def assert_single_block(case: Case, implementation, device, mlp):
@@ -174,17 +137,8 @@ def test_extreme_logits_at_512(rule, logits, device):
 @pytest.mark.parametrize("implementation", ["fused", "split"])
 def test_250_repeats_beside_other_work_have_the_same_bits(implementation, device):
     case = CASES["flux-512-b8-tree32.8.4"]
-    side, x = torch.cuda.Stream(), torch.randn(4096, 4096, dtype=case.dtype, device=device)
-    side.wait_stream(torch.cuda.current_stream())
-
-    def load():
-        with torch.cuda.stream(side):
-            for _ in range(4):
-                x @ x
-
     step = attention_step(attend(case, implementation), case.inputs(device), backward=True)
-    assert_repeats(step, 250, load)
-    torch.cuda.synchronize()
+    assert_repeats(step, 250, other_work(device))
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -199,52 +153,26 @@ def test_a_graph_gives_what_eager_gives_for_other_inputs_too(implementation, bac
         assert_same_bits(graph.fresh(), step())
 
 
-CAPTURE = """
-import traceback
+ATTEND = """
 import torch
 from sda_fast import Hierarchy, ops
 
 tree = Hierarchy((32, 8, 4))
 q, k, v = torch.randn(3, 1, 128 + 64, 2, 64, device="cuda").bfloat16()
-
-
-def capture():
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = ops.hierarchical_attention(q, k, v, tree, 8, 8)
-    graph.replay()
-    return out
-
-
-try:
-    capture()
-except RuntimeError:
-    print(traceback.format_exc())
-expected = ops.hierarchical_attention(q, k, v, tree, 8, 8)
-print("then the same:", torch.equal(capture(), expected))
+attend = lambda: ops.hierarchical_attention(q, k, v, tree, 8, 8)
 """
 
 
 def test_a_capture_before_the_first_run_is_refused_and_works_after_it():
-    done = subprocess.run(
-        [sys.executable, "-c", CAPTURE], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    refusal = "RuntimeError: hierarchical_attention must run once with these sizes before a CUDA"
-    assert refusal in done.stdout, done.stdout + done.stderr
-    assert "then the same: True" in done.stdout, done.stdout + done.stderr
+    refusal = "hierarchical_attention must run once with these sizes before a CUDA"
+    assert_a_capture_must_wait_for_a_run(ATTEND, refusal)
 
 
 @pytest.mark.parametrize("implementation", ["fused", "split"])
 def test_a_side_stream_may_run_a_size_first(implementation, device):
     case = Case("side", 33, 30 + (implementation == "split"), THREE_LEVELS, 1, 4, 64)
     step = attention_step(attend(case, implementation), case.inputs(device), backward=True)
-    side, main = torch.cuda.Stream(), torch.cuda.current_stream()
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        found = step()
-    expected = step()  # at the same time, with the lists that the side stream made
-    main.wait_stream(side)
-    assert_same_bits(found, expected)
+    assert_a_side_stream_may_run_first(step)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["batch", "tokens", "heads"])

@@ -38,9 +38,16 @@ def draw(
     return [t.to(dtype) for t in (q, k, v)], torch.randn(query).to(dtype), coords
 
 
+def weights(head_dim, dtype=torch.float32, device=None):
+    """Of norms of q and of k."""
+    return [(1 + 0.3 * torch.randn(head_dim)).to(device, dtype) for _ in range(2)]
+
+
 def bind(op, coords, **options):
-    """`op` as f(q, k, v) -> (out, lse)."""
-    return lambda q, k, v: op(q, k, v, *coords, return_lse=True, **options)
+    """`op` as f(q, k, v, weights of norms, if any) -> (out, lse)."""
+    return lambda q, k, v, *norms: op(
+        q, k, v, *coords, norms=norms or None, return_lse=True, **options
+    )
 
 
 def assert_good(qkv, d_out, coords, **options):
@@ -201,19 +208,21 @@ def test_lse_has_no_gradient_and_a_second_derivative_is_refused():
         torch.autograd.grad(dq.sum(), qkv[1])
 
 
+@pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("rotated", [True, False])
-def test_opcheck(rotated):
+def test_opcheck(rotated, normed):
     (q, k, v), d_out, coords = draw(dtype=torch.bfloat16)
     places = (*coords, None, 0.25, [4, 6, 6], 1e4)
     if not rotated:
         places = (None, None, None, 0.25, [], 1e4)
+    norms = weights(16, torch.bfloat16, q.device) if normed else (None, None)
     op = torch.ops.sda_fast.rope3d_attention
-    out, lse = op(q, k, v, *places)
-    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    out, lse = op(q, k, v, *norms, *places)
+    inputs = [t if t is None else t.clone().requires_grad_() for t in (q, k, v, *norms)]
     torch.library.opcheck(op.default, (*inputs, *places))
     torch.library.opcheck(
         torch.ops.sda_fast.rope3d_attention_backward.default,
-        (d_out, q, k, v, out, lse, *places),
+        (d_out, q, k, v, out, lse, *norms, *places),
         test_utils=("test_schema", "test_faketensor"),
     )
 

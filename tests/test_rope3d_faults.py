@@ -51,9 +51,24 @@ FAULTS = {
         "rope3d_attention", "tl.exp(row_max - pivot), tl.exp(part_lse - pivot)",
         "tl.exp2(row_max - pivot), tl.exp2(part_lse - pivot)",
     ),
-    "gradients not turned back": ("rope3d_attention_backward", "turn(x, -sine", "turn(x, sine"),
+    "norm before its weight forgotten": (
+        "rope3d_attention", "[:, None] * weight[None, :]", "[:, None]",
+    ),
+    "norm over the padded width": (
+        "rope3d", "tl.sum(x * x, 1) / HEAD_DIM", "tl.sum(x * x, 1) / 32",
+    ),
+    "gradient of the norm without its own part": (
+        "rope3d", "d_unit - unit * along[:, None]", "d_unit",
+    ),
+    "gradients of the weight in one row": (
+        "rope3d_attention_backward", "tl.program_id(0).to(tl.int64) * HEAD_DIM", "0",
+    ),
+    "gradient of the weight of unnormed rows": (
+        "rope3d", "tl.sum(d_normed * unit, 0)", "tl.sum(d_normed * x, 0)",
+    ),
+    "gradients not turned back": ("rope3d_attention_backward", "turn(d_x, -sine", "turn(d_x, sine"),
     "delta left out": ("rope3d_attention_backward", "dp - delta[None, :]", "dp"),
-    "dq not scaled": ("rope3d_attention_backward", "_turn_back(dq * scale", "_turn_back(dq"),
+    "dq not scaled": ("rope3d_attention_backward", "dq * scale, q_ptr", "dq, q_ptr"),
     "keys of a sample it does not have": (
         "rope3d_attention_backward", "p = tl.where(in_sample[:, None], p, 0.0)", "p = p",
     ),
@@ -74,13 +89,18 @@ def spoil(monkeypatch, tmp_path):
 def noticed() -> bool:
     """By the yardstick, with places of each sample and padding, near and sharp logits; or by the
     sanitizer."""
-    for logits, lengths in ((1.0, None), ("near-200", (37, 20))):
+    for logits, lengths, normed in (
+        (1.0, None, False),
+        ("near-200", (37, 20), False),
+        (1.0, None, True),
+    ):
         torch.manual_seed(0)
         qkv = draw_qkv((2, 5, 1, 16), (2, 37, 1, 16), logits, torch.float32)
+        qkv = (*qkv, *(1 + 0.3 * torch.randn(2, 16))) if normed else qkv
         coords = torch.rand(2, 5, 3) * 64, torch.rand(2, 37, 3) * 64
         counts = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
         bind = lambda op, c=coords, n=counts: (
-            lambda q, k, v: op(q, k, v, *c, lengths=n, return_lse=True)
+            lambda q, k, v, *norms: op(q, k, v, *c, norms=norms or None, lengths=n, return_lse=True)
         )
         try:
             with forced(**TILES), sanitized() as report:

@@ -51,9 +51,16 @@ def draw(device, heads=1, head_dim=16, grid=(5, 7), logits=1.0, dtype=torch.floa
     return qkv, torch.randn(query).to(device, dtype), [c.to(device) for c in coords]
 
 
+def weights(head_dim, dtype=torch.float32, device=None):
+    """Of norms of q and of k."""
+    return [(1 + 0.3 * torch.randn(head_dim)).to(device, dtype) for _ in range(2)]
+
+
 def bind(op, coords, **options):
-    """`op` as f(q, k, v) -> (out, lse)."""
-    return lambda q, k, v: op(q, k, v, *coords, return_lse=True, **options)
+    """`op` as f(q, k, v, weights of norms, if any) -> (out, lse)."""
+    return lambda q, k, v, *norms: op(
+        q, k, v, *coords, norms=norms or None, return_lse=True, **options
+    )
 
 
 def assert_good(qkv, d_out, coords, **options):
@@ -68,6 +75,48 @@ def assert_good(qkv, d_out, coords, **options):
 @pytest.mark.parametrize("logits", LOGITS)
 def test_is_as_good_as_the_reference(logits, dtype, parts, sizes, device):
     assert_good(*draw(device, logits=logits, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logits", LOGITS)
+def test_with_norms_too(logits, dtype, parts, sizes, device):
+    """Every gradient, those of the weights included; norms make all logits moderate."""
+    qkv, d_out, coords = draw(device, logits=logits, dtype=dtype)
+    assert_good([*qkv, *weights(16, dtype, device)], d_out, coords)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sharp_logits_by_large_weights_of_norms(dtype, parts, sizes, device):
+    qkv, d_out, coords = draw(device, dtype=dtype)
+    assert_good([*qkv, *(5 * w for w in weights(16, dtype, device))], d_out, coords)
+
+
+@pytest.mark.parametrize(("head_dim", "places"), [(32, True), (80, True), (128, True), (64, False)])
+def test_norms_of_other_sizes(head_dim, places, device):
+    qkv, d_out, coords = draw(device, 2, head_dim, (3, 5), dtype=torch.bfloat16)
+    norms = weights(head_dim, torch.bfloat16, device)
+    assert_good([*qkv, *norms], d_out, coords if places else (None, None))
+
+
+def test_norms_with_padding_and_a_sample_without_keys(parts, sizes, device):
+    qkv, d_out, coords = draw(device)
+    counts = torch.tensor((0, 16), dtype=torch.int32, device=device)
+    norms = weights(16, device=device)
+    assert_good([*qkv, *norms], d_out, coords, lengths=counts)
+    op = bind(ops.rope3d_attention, coords, lengths=counts)
+    before = run_attention(op, [*qkv, *norms], d_out)
+    for i, length in enumerate(counts.tolist()):
+        for t in qkv[1:]:
+            t[i, length:] = float("nan")
+    for a, b in zip(before, run_attention(op, [*qkv, *norms], d_out), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_of_zeros_and_large_rows_are_normed_as_the_reference_norms_them(sizes, device):
+    (q, k, v), d_out, coords = draw(device)
+    q[:, 0], k[:, 1], q[:, 2] = 0.0, 0.0, 1e-4 * q[:, 2]
+    k[:, 3] *= 1e4
+    assert_good([q, k, v, *weights(16, device=device)], d_out, coords)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -141,9 +190,13 @@ def test_padding_never_leaks(lengths, dtype, parts, sizes, device):
 def test_a_sample_alone_equals_itself_in_a_batch(parts, sizes, device):
     qkv, d_out, coords = draw(device, dtype=torch.bfloat16)
     op = bind(ops.rope3d_attention, coords)
-    alone = run_attention(op, [t[1:] for t in qkv], d_out[1:])
-    for a, b in zip(alone, run_attention(op, qkv, d_out), strict=True):
+    alone, together = (
+        run_attention(op, [t[1:] for t in qkv], d_out[1:]),
+        run_attention(op, qkv, d_out),
+    )
+    for a, b in zip(alone[:5], together[:5], strict=True):
         assert torch.equal(a, b[1:])
+    qkv += weights(16, torch.bfloat16, device)
     for a, b in zip(run_attention(op, qkv, d_out), run_attention(op, qkv, d_out), strict=True):
         assert torch.equal(a, b)
 
@@ -155,27 +208,33 @@ def test_storage_that_ends_in_nan(parts, sizes, device):
     assert_good(qkv, d_out, coords)
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3, 12, 22, 64])
 @pytest.mark.parametrize("tiles_of", [1, 5, 16, 17, 131, 132, 500])
-def test_the_rule_of_parts_fills_the_processors_and_no_more(tiles_of):
-    parts = choose_parts(tiles_of, 22, 132)
-    assert 1 <= parts <= 22
-    assert parts == 1 or parts * tiles_of <= 132
-    assert parts == 22 or (parts + 1) * tiles_of > 132
+def test_the_rule_of_parts_fills_the_processors_and_no_more(tiles_of, blocks):
+    parts = choose_parts(tiles_of, blocks, 132)
+    in_part = -(-blocks // parts)
+    assert parts == 1 or (parts * tiles_of <= 132 and in_part >= 2)
+    assert (parts - 1) * in_part < blocks  # none is empty
+    # to take one block less a part would be too many parts, or too small ones
+    fewer = in_part - 1
+    assert fewer < 2 or -(-blocks // fewer) * tiles_of > 132
 
 
+@pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("rotated", [True, False])
-def test_opcheck(rotated, parts, device):
+def test_opcheck(rotated, normed, parts, device):
     (q, k, v), d_out, coords = draw(device, grid=(2, 3), dtype=torch.bfloat16)
     places = (*coords, None, 0.25, [4, 6, 6], 1e4)
     if not rotated:
         places = (None, None, None, 0.25, [], 1e4)
+    norms = weights(16, torch.bfloat16, q.device) if normed else (None, None)
     op = torch.ops.sda_fast.rope3d_attention
-    out, lse = op(q, k, v, *places)
-    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    out, lse = op(q, k, v, *norms, *places)
+    inputs = [t if t is None else t.clone().requires_grad_() for t in (q, k, v, *norms)]
     torch.library.opcheck(op.default, (*inputs, *places))
     torch.library.opcheck(
         torch.ops.sda_fast.rope3d_attention_backward.default,
-        (d_out, q, k, v, out, lse, *places),
+        (d_out, q, k, v, out, lse, *norms, *places),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -209,9 +268,11 @@ def test_compiles_whole_for_other_sizes_and_recomputes_in_a_checkpoint(device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sanitizer watches the interpreter")
+@pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("lengths", [None, (35, 16)])
-def test_no_stray_access_no_race_and_no_atomic(lengths, parts, sizes, device):
+def test_no_stray_access_no_race_and_no_atomic(lengths, normed, parts, sizes, device):
     qkv, d_out, coords = draw(device, dtype=torch.bfloat16)
+    qkv += weights(16, torch.bfloat16) if normed else []
     counts = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
     with sanitized() as report:
         run_attention(bind(ops.rope3d_attention, coords, lengths=counts), qkv, d_out)

@@ -18,7 +18,13 @@ from sda_fast.ops.inputs import (
     refuse,
     scale_faults,
 )
-from sda_fast.reference.rope3d_attention import UNPAIRED, default_axes, rope3d
+from sda_fast.reference.rope3d_attention import (
+    NORM_EPS,
+    UNPAIRED,
+    default_axes,
+    head_norm,
+    rope3d,
+)
 
 NAME = "rope3d_attention"
 
@@ -34,6 +40,7 @@ def rope3d_attention(
     axes: tuple[int, int, int] | None = None,
     theta: float = 1e4,
     *,
+    norms: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
@@ -48,6 +55,7 @@ def rope3d_attention(
     axes: tuple[int, int, int] | None = None,
     theta: float = 1e4,
     *,
+    norms: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -61,20 +69,21 @@ def rope3d_attention(
     axes: tuple[int, int, int] | None = None,
     theta: float = 1e4,
     *,
+    norms: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention whose q and k are rotated by their level, y and x.
+    """Attention whose q and k are rotated by their level, y and x, after a norm if one is given.
 
     Interleaved pairs, ``theta ** (-2i / size)`` within each axis, as in
-    ``sda_fast.reference.rope3d``. Differentiable once in q, k and v. Under autocast q, k and v are
-    cast as in torch's own attention, the coordinates are not.
+    ``sda_fast.reference.rope3d``. Differentiable once in q, k, v and norms. Under autocast q, k and
+    v are cast as in torch's own attention, the coordinates and norms are not.
 
-    CUDA tensors run the Triton kernels: tokens are turned in registers, and where there are few
-    tiles of queries the keys are split over programs, by shapes alone; the backward gives the same
-    bits at every call. CPU tensors run them too where Triton's interpreter is on and they take such
-    tensors, else torch's attention, which computes bf16 and fp16 in float32. On a GPU the values of
-    coords and lengths are read once for each tensor, and not inside a captured graph.
+    CUDA tensors run the Triton kernels: tokens are normed and turned in registers, and where there
+    are few tiles of queries the keys are split over programs, by shapes alone; the backward gives
+    the same bits at every call. CPU tensors run them too where Triton's interpreter is on and they
+    take such tensors, else torch's attention, which computes bf16 and fp16 in float32. On a GPU the
+    values of coords and lengths are read once for each tensor, and not inside a captured graph.
 
     Args:
         q: [B, N, H, D]; last stride 1, the others free. The kernels take bf16, fp16 and fp32 and
@@ -88,6 +97,8 @@ def rope3d_attention(
         axes: even sizes of level, y and x in the head dim, their sum D. None means the ratio
             2:3:3, which is (16, 24, 24) for D = 64.
         theta: base of the frequencies, positive.
+        norms: weights, [D] float each, of RMSNorms over the heads of q and of k, before the
+            rotation: ``x / sqrt(mean(x ** 2) + 1e-6) * weight``. None means no norm.
         lengths: [B] int32 on q's device, 0 to S: the keys of each sample come first, the rest is
             padding. A sample without keys gets out 0 and lse -inf. None means S for all.
         return_lse: return lse too.
@@ -104,6 +115,7 @@ def rope3d_attention(
     faults = qkv_faults(q, k, v) + scale_faults(scale)
     if not faults:
         faults += _coords_faults(q, k, q_coords, k_coords) + _lengths_faults(q, lengths)
+        faults += _norms_faults(q, norms)
         faults += _axes_faults(q.shape[-1], axes, theta, rotated=q_coords is not None)
         faults += _kernel_faults(q) if q.device.type == "cuda" else []
     refuse(NAME, faults)
@@ -112,24 +124,28 @@ def rope3d_attention(
     if q_coords is not None and axes is None:
         axes = default_axes(q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = _forward(q, k, v, q_coords, k_coords, lengths, scale, axes or (), theta)
+    of_q, of_k = norms or (None, None)
+    places = q_coords, k_coords, lengths
+    out, lse = _forward(q, k, v, of_q, of_k, *places, scale, axes or (), theta)
     return (out, lse) if return_lse else out
 
 
 @torch.library.custom_op("sda_fast::rope3d_attention", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, q_coords: Tensor | None, k_coords: Tensor | None,
-    lengths: Tensor | None, scale: float, axes: Sequence[int], theta: float,
+    q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
+    q_coords: Tensor | None, k_coords: Tensor | None, lengths: Tensor | None,
+    scale: float, axes: Sequence[int], theta: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # here, not in the checks: under torch.compile values are known only when the op runs
     refuse(NAME, _value_faults(k.shape[1], q_coords, k_coords, lengths))
     if _takes_kernels(q):
         with on_device_of(q):
-            places = _places(q_coords, k_coords, axes, theta)
-            return rope3d_kernels.forward((q, k, v), places, lengths, scale)
-    q_turned, k_turned = _turn(q, q_coords, axes, theta), _turn(k, k_coords, axes, theta)
+            places, norms = _places(q_coords, k_coords, axes, theta), _norms(q_norm, k_norm)
+            return rope3d_kernels.forward((q, k, v), places, norms, lengths, scale)
+    q_ready = _turn(_normed(q, q_norm), q_coords, axes, theta)
+    k_ready = _turn(_normed(k, k_norm), k_coords, axes, theta)
     bias = _padding_bias(q, k, lengths)
-    out, lse = attention_forward(q_turned, k_turned, v, bias, scale)
+    out, lse = attention_forward(q_ready, k_ready, v, bias, scale)
     if lengths is not None:
         empty = lengths == 0
         out[empty], lse[empty] = 0.0, float("-inf")
@@ -145,37 +161,53 @@ def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("sda_fast::rope3d_attention_backward", mutates_args=())
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None,
     q_coords: Tensor | None, k_coords: Tensor | None, lengths: Tensor | None,
     scale: float, axes: Sequence[int], theta: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if _takes_kernels(q):
         with on_device_of(q):
-            places = _places(q_coords, k_coords, axes, theta)
-            return rope3d_kernels.backward(d_out, (q, k, v), (out, lse), places, lengths, scale)
-    turned = _turn(q, q_coords, axes, theta), _turn(k, k_coords, axes, theta), v
+            places, norms = _places(q_coords, k_coords, axes, theta), _norms(q_norm, k_norm)
+            rest = places, norms, lengths, scale
+            return rope3d_kernels.backward(d_out, (q, k, v), (out, lse), *rest)
+    q_ready = _turn(_normed(q, q_norm), q_coords, axes, theta)
+    k_ready = _turn(_normed(k, k_norm), k_coords, axes, theta)
     bias = _padding_bias(q, k, lengths)
     # a row that saw nothing: with so large an lse its p is 0
     lse = lse.masked_fill(lse == float("-inf"), 1e30)
-    dq, dk, dv = attention_backward(d_out, turned, out, lse, bias, scale)
+    dq, dk, dv = attention_backward(d_out, (q_ready, k_ready, v), out, lse, bias, scale)
     # the transpose of a rotation is the rotation by the opposite place
     dq = _turn(dq, None if q_coords is None else -q_coords, axes, theta)
     dk = _turn(dk, None if k_coords is None else -k_coords, axes, theta)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    dq, d_of_q = _norm_back(dq, q, q_norm)
+    dk, d_of_k = _norm_back(dk, k, k_norm)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_of_q, d_of_k
 
 
 @_backward.register_fake
-def _(_d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(
+    _d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, _out: Tensor, _lse: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None, *_: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_of_q, d_of_k = (
+        q.new_empty(0) if norm is None else norm.new_empty(norm.shape) for norm in (q_norm, k_norm)
+    )
+    grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    return *grads, d_of_q, d_of_k
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, q_coords, k_coords, lengths, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, q_coords, k_coords, lengths)
+    q, k, v, *rest = inputs
+    ctx.options = rest[-3:]
+    ctx.save_for_backward(q, k, v, *output, *rest[:-3])
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx: Any, d_out: Tensor, _d_lse: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(d_out, *ctx.saved_tensors, *ctx.options), *(None,) * 6
+    saved = ctx.saved_tensors  # once only: so a checkpoint wants it
+    *grads, d_of_q, d_of_k = _backward(d_out, *saved, *ctx.options)
+    d_norms = (None, None) if saved[5] is None else (d_of_q, d_of_k)
+    return *grads, *d_norms, *(None,) * 6
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
@@ -206,6 +238,10 @@ def _places(
     return q_coords, k_coords, (axes[0], axes[1], axes[2]), theta
 
 
+def _norms(q_norm: Tensor | None, k_norm: Tensor | None) -> rope3d_kernels.Norms | None:
+    return None if q_norm is None or k_norm is None else (q_norm, k_norm)
+
+
 def _padding_bias(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor | None:
     """[B, 1, N, S] of 0 and -inf; 0 for a sample without keys, which no softmax can serve."""
     if lengths is None:
@@ -217,9 +253,24 @@ def _padding_bias(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor | None
     return bias[:, None, None].expand(-1, 1, q.shape[1], -1)
 
 
-def _turn(x: Tensor, coords: Tensor | None, axes: Sequence[int], theta: float) -> Tensor:
-    # cast first: a rotation rounded back to half precision would lose what float32 gains
+def _normed(x: Tensor, weight: Tensor | None) -> Tensor:
+    # cast first: a norm rounded back to half precision would lose what float32 gains
     x = x.to(compute_dtype(x))
+    return x if weight is None else head_norm(x, weight)
+
+
+def _norm_back(d_normed: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of x, in the dtype of d_normed, and of the weight; without one as they are."""
+    if weight is None:
+        return d_normed, x.new_empty(0)
+    x = x.to(d_normed.dtype)
+    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS)
+    unit, d_unit = x * inverse, d_normed * weight.to(x.dtype)
+    dx = (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True)) * inverse
+    return dx, (d_normed * unit).sum((0, 1, 2)).to(weight.dtype)
+
+
+def _turn(x: Tensor, coords: Tensor | None, axes: Sequence[int], theta: float) -> Tensor:
     return x if coords is None else rope3d(x, coords, axes, theta)
 
 
@@ -256,6 +307,26 @@ def _axes_faults(
             faults.append(f"axes must be given for D = {head_dim}, not a multiple of 16")
     elif len(axes) != 3 or any(size < 0 or size % 2 for size in axes) or sum(axes) != head_dim:
         faults.append(f"axes must be 3 even sizes with the sum D = {head_dim}, got {axes}")
+    return faults
+
+
+def _norms_faults(q: Tensor, norms: tuple[Tensor, Tensor] | None) -> list[str]:
+    if norms is None:
+        return []
+    if not isinstance(norms, tuple | list) or len(norms) != 2:
+        return [f"norms must be two weights, of q and of k, got {type(norms).__name__}"]
+    faults = []
+    for name, weight in zip(("q", "k"), norms, strict=True):
+        about = f"norms must hold a [{q.shape[-1]}] float weight of {name} on {q.device}"
+        if not isinstance(weight, Tensor):
+            faults.append(f"{about}, got {type(weight).__name__}")
+        elif (
+            weight.shape != q.shape[-1:]
+            or not weight.is_floating_point()
+            or weight.device != q.device
+        ):
+            found = f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
+            faults.append(f"{about}, got {found}")
     return faults
 
 

@@ -11,16 +11,19 @@ from sda_fast.ops.device_tables import kept_table
 QKV = tuple[Tensor, Tensor, Tensor]
 Places = tuple[Tensor, Tensor, tuple[int, int, int], float]
 """Coordinates of queries and keys, axes and theta; None where nothing turns."""
+Norms = tuple[Tensor, Tensor]
+"""Weights of the norms of queries and keys, [D] each; None where there are none."""
 
 
 def forward(
-    qkv: QKV, places: Places | None, lengths: Tensor | None, scale: float
+    qkv: QKV, places: Places | None, norms: Norms | None, lengths: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return out [B, N, H, D] contiguous and lse [B, H, N] f32.
 
     Args:
         qkv: q [B, N, H, D], k and v [B, S, H, D], last stride 1.
         places: where the tokens are, or None.
+        norms: what scales their norms, or None.
         lengths: [B] int32, keys of each sample, or None.
         scale: positive.
     """
@@ -29,7 +32,8 @@ def forward(
     q, k, v = qkv
     tile = choose_tile("rope3d_forward", "", _problem(q, k))
     parts = _parts(q, k, tile.block_m, tile.block_n)
-    return launch_rope3d_attention(q, k, v, _rotations(places, q), lengths, scale, parts, tile)
+    transforms = _transforms(places, norms, q)
+    return launch_rope3d_attention(q, k, v, transforms, lengths, scale, parts, tile)
 
 
 def backward(
@@ -37,16 +41,20 @@ def backward(
     qkv: QKV,
     results: tuple[Tensor, Tensor],
     places: Places | None,
+    norms: Norms | None,
     lengths: Tensor | None,
     scale: float,
-) -> QKV:
-    """Return dq, dk and dv, contiguous; the same bits at every call.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv, contiguous, and the gradients of norms; the same bits at every call.
+
+    Without norms the last two are empty.
 
     Args:
         d_out: [B, N, H, D], any strides.
         qkv: of the forward pass.
         results: its out and lse.
         places: as in the forward pass.
+        norms: likewise.
         lengths: likewise.
         scale: likewise.
     """
@@ -55,14 +63,17 @@ def backward(
     q, k, _ = qkv
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
-    rotations = _rotations(places, q)
+    transforms = _transforms(places, norms, q)
     tile, to_keys = (choose_tile(name, "", _problem(q, k)) for name in ROPE3D_KERNELS[1:])
     parts = _parts(q, k, tile.block_m, tile.block_n)
-    dq, delta = launch_rope3d_dq(d_out, qkv, results, rotations, lengths, scale, parts, tile)
-    dk, dv = launch_rope3d_dkdv(
-        d_out, qkv, results[1], delta, rotations, lengths, scale, to_keys
+    dq, delta, d_of_q = launch_rope3d_dq(
+        d_out, qkv, results, transforms, lengths, scale, parts, tile
     )  # fmt: skip
-    return dq, dk, dv
+    dk, dv, d_of_k = launch_rope3d_dkdv(
+        d_out, qkv, results[1], delta, transforms, lengths, scale, to_keys
+    )  # fmt: skip
+    dtypes = (q.dtype, q.dtype) if norms is None else (norms[0].dtype, norms[1].dtype)
+    return dq, dk, dv, d_of_q.to(dtypes[0]), d_of_k.to(dtypes[1])
 
 
 def _problem(q: Tensor, k: Tensor) -> Problem:
@@ -85,12 +96,14 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _rotations(places: Places | None, q: Tensor):  # noqa: ANN202
-    from csrc_triton.rope3d import Rotation, pair_table
+def _transforms(places: Places | None, norms: Norms | None, q: Tensor):  # noqa: ANN202
+    from csrc_triton.rope3d import Transform, pair_table
 
+    of_q, of_k = (None, None) if norms is None else (norms[0].contiguous(), norms[1].contiguous())
     if places is None:
-        return None
+        return Transform(weight=of_q), Transform(weight=of_k)
     q_coords, k_coords, *turns = places
     wanted = "rope3d_attention must run once with these axes"
     pairs = kept_table(pair_table, tuple(turns), q, wanted)
-    return Rotation(q_coords.contiguous(), pairs), Rotation(k_coords.contiguous(), pairs)
+    of_q = Transform(q_coords.contiguous(), pairs, of_q)
+    return of_q, Transform(k_coords.contiguous(), pairs, of_k)

@@ -1,13 +1,33 @@
-"""What rope3d_attention means: rotate q and k by their places, then plain attention."""
+"""What rope3d_attention means: norm q and k, rotate them by their places, then plain attention."""
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sda_fast.reference.dense_attention import dense_attention
 
 UNPAIRED = "q_coords and k_coords must be given together, or both be None"
+
+
+NORM_EPS = 1e-6
+
+
+def head_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm over the last dim: ``x / sqrt(mean(x ** 2) + 1e-6) * weight``.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467).
+
+    Args:
+        x: [..., D], any float dtype.
+        weight: [D], likewise.
+
+    Returns:
+        [..., D] in the dtype of x, computed in at least float32.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), NORM_EPS).to(x.dtype)
 
 
 def rope3d(x: Tensor, coords: Tensor, axes: Sequence[int], theta: float = 1e4) -> Tensor:
@@ -59,6 +79,7 @@ def rope3d_attention(
     axes: tuple[int, int, int] | None = None,
     theta: float = 1e4,
     *,
+    norms: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -71,6 +92,8 @@ def rope3d_attention(
     """
     if (q_coords is None) != (k_coords is None):
         raise ValueError(f"rope3d_attention: {UNPAIRED}")
+    if norms is not None:
+        q, k = head_norm(q, norms[0]), head_norm(k, norms[1])
     if q_coords is not None and k_coords is not None:
         axes = default_axes(q.shape[-1]) if axes is None else axes
         q, k = rope3d(q, q_coords, axes, theta), rope3d(k, k_coords, axes, theta)
