@@ -161,6 +161,66 @@ PREFERRED: tuple[Preference, ...] = (
 )
 """What "auto" takes."""
 
+
+@dataclass(frozen=True, slots=True)
+class RowTile:
+    """Launch parameters of a kernel that goes once over heads of tokens, bound by memory.
+
+    Attributes:
+        tokens: of a program, side by side over its threads; a power of two.
+        heads: of a program, one after another in a thread; a power of two.
+        num_warps: warps of a program.
+    """
+
+    tokens: int
+    heads: int
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowEntry:
+    """One choice for such a kernel; the number of tokens follows from it.
+
+    Attributes:
+        kernel: one of NORM_ROPE_KERNELS.
+        heads: as in RowTile.
+        num_warps: likewise.
+        chosen_by: the measurement, or what stood in for one.
+    """
+
+    kernel: str
+    heads: int
+    num_warps: int
+    chosen_by: str
+
+
+NORM_ROPE_KERNELS = ("norm_rope_forward", "norm_rope_backward")
+"""From FLUX's projections to joint q, k and v, and back."""
+
+WIDE = (
+    "not timed yet; loads of 16 bytes, all out before the first store, and by the registers that "
+    "the gate counts five programs or more fit a multiprocessor"
+)
+
+NORM_ROPE_ENTRIES: tuple[RowEntry, ...] = (
+    RowEntry("norm_rope_forward", 4, 4, WIDE),
+    RowEntry("norm_rope_backward", 2, 4, WIDE),
+)
+
+
+def choose_row_tile(kernel: str, dtype: torch.dtype, head_dim: int) -> RowTile:
+    """The tile of one of NORM_ROPE_KERNELS: a row of each head is one load of 16 bytes a thread.
+
+    Raises:
+        ValueError: no entry is of this kernel.
+    """
+    for entry in NORM_ROPE_ENTRIES:
+        if entry.kernel == kernel:
+            tokens = entry.num_warps * 32 * 16 // (dtype.itemsize * head_dim)
+            return RowTile(tokens, entry.heads, entry.num_warps)
+    raise ValueError(f"kernel {kernel!r} has no tile")
+
+
 _forced: dict[str, Tile] = {}
 
 

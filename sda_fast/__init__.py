@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from sda_fast.attachment import attach
     from sda_fast.embedding import SemanticEmbedding
     from sda_fast.encoders import ImageEncoder
+    from sda_fast.fast_flux import FastFlux
     from sda_fast.hierarchy import Hierarchy
     from sda_fast.pipeline import SemanticPipeline
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "FastFlux": "sda_fast.fast_flux",
     "Hierarchy": "sda_fast.hierarchy",
     "ImageEncoder": "sda_fast.encoders",
     "SemanticAdapter": "sda_fast.adapter",
@@ -27,6 +29,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "FastFlux",
     "Hierarchy",
     "ImageEncoder",
     "SemanticAdapter",

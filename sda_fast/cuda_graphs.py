@@ -1,9 +1,9 @@
 """Run a function as a CUDA graph, one for each kind of input, and never a stale one."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,15 +70,20 @@ class GraphCache:
         return GraphCache, (self.limit,)
 
     def run(
-        self, function: Function, inputs: Sequence[Tensor], modules: Sequence[nn.Module]
+        self,
+        function: Function,
+        inputs: Sequence[Tensor],
+        modules: Sequence[nn.Module],
+        about: Hashable = None,
     ) -> Tensor:
         """``function(*inputs)`` without gradients, by a graph; inside another capture as it is.
 
         Args:
-            function: of tensors to a tensor, the same at every call of a cache; what it does may
-                depend on the modules and on the shapes and dtypes of the inputs.
+            function: of tensors to a tensor; what it does may depend on the modules, on the shapes
+                and dtypes of the inputs and on about, and on nothing else.
             inputs: on any device; they are copied to the modules' one.
             modules: whose weights it reads, all on one CUDA device.
+            about: what else tells functions of one cache apart.
 
         Returns:
             A tensor of its own, that no later call overwrites.
@@ -91,7 +96,7 @@ class GraphCache:
             return function(*inputs)
         with self._lock, torch.no_grad():
             now = Addresses.of(modules)
-            kind = _kind(inputs, modules)
+            kind = about, _kind(inputs, modules)
             replay, then = self._graphs.pop(kind, (None, None))
             if replay is not None and then != now:
                 replay.release()
@@ -134,16 +139,18 @@ class Addresses:
         modules: they and all theirs; held, so that no other gets the identity of one.
         tensors: address and dtype of each parameter and buffer.
         devices: of these.
+        strengths: what LoRA layers keep in Python: their scales, and which of them are active.
     """
 
     modules: list[nn.Module]
     tensors: list[tuple[int, torch.dtype]]
     devices: set[torch.device]
+    strengths: list[str]
 
     @classmethod
     def of(cls, roots: Sequence[nn.Module]) -> "Addresses":
         """Look at modules, as they are now."""
-        modules, tensors, devices = [], [], set()
+        modules, tensors, devices, strengths = [], [], set(), []
         left = list(roots)
         # several times as fast as parameters() and buffers(): this comes before every replay
         while left:
@@ -154,8 +161,10 @@ class Addresses:
                     if t is not None:
                         tensors.append((t.data_ptr(), t.dtype))
                         devices.add(t.device)
+            if "scaling" in vars(module):
+                strengths.append(_strength(vars(module)))
             left += [child for child in module._modules.values() if child is not None]
-        return cls(modules, tensors, devices)
+        return cls(modules, tensors, devices, strengths)
 
     def device(self) -> torch.device:
         """The one they are all on.
@@ -168,6 +177,12 @@ class Addresses:
             raise ValueError(f"a CUDA graph needs all weights on one CUDA device, got {found}")
         (device,) = self.devices
         return device
+
+
+def _strength(layer: Mapping[str, Any]) -> str:
+    """What a LoRA layer of peft multiplies by, as text."""
+    names = "scaling", "_active_adapter", "_disable_adapters", "merged_adapters"
+    return repr([layer.get(name) for name in names])
 
 
 class GraphPool:

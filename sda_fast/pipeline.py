@@ -18,8 +18,11 @@ from sda_fast.decode_arguments import check_guidance, one_of, refuse_filled, spr
 from sda_fast.dense_mask import dense_mask
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.encoders import ImageEncoder
-from sda_fast.flux_inputs import append_text, patch_grid, pooled_vector
+from sda_fast.fast_checks import check_model
+from sda_fast.fast_decode import FastDecoder
+from sda_fast.flux_inputs import patch_grid
 from sda_fast.flux_parts import check_plain
+from sda_fast.flux_prompt import prompt_of
 from sda_fast.images import Images, group_by_size
 from sda_fast.pipeline_folder import (
     ENCODER_SETTINGS,
@@ -75,6 +78,7 @@ class SemanticPipeline:
             )
         side = self.flux.default_sample_size * self.flux.vae_scale_factor
         self.defaults = defaults or DecodeDefaults(side, side)
+        self._decoder: FastDecoder | None = None
         patch_grid(self.defaults.height, self.defaults.width, self.patch, name="default ")
 
     @property
@@ -95,7 +99,48 @@ class SemanticPipeline:
             images: a PIL image or path, a list of these in any sizes, or float [B, 3, H, W] in
                 [0, 1].
         """
-        return self.adapter.encode(images)
+        return self.adapter.encode(images, graph=self._decoder is not None and self._decoder.graph)
+
+    def compile(self, graph: bool | None = None) -> "SemanticPipeline":
+        """From now on decode by ``FastFlux``, and encode and decode as CUDA graphs.
+
+        Pictures stay the same up to rounding. The first call of each size and batch is slow, see
+        ``warmup``; calls from several threads take turns.
+
+        Args:
+            graph: whether to use CUDA graphs; None means where the weights are on a GPU.
+
+        Raises:
+            ValueError: FastFlux cannot run the transformer as it is, and says why.
+        """
+        check_model(self.flux.transformer)
+        on_gpu = self.flux.transformer.device.type == "cuda"
+        self._decoder = FastDecoder(on_gpu if graph is None else graph)
+        return self
+
+    def warmup(self, sizes: Sequence[tuple[int, int]], batch: int = 1) -> None:
+        """Encode and decode something of each size, so that the first picture waits for nothing.
+
+        Args:
+            sizes: (height, width) in pixels.
+            batch: pictures at once.
+
+        Raises:
+            ValueError: a size is no multiple of ``patch``, or batch is below 1.
+        """
+        check_int("batch", batch, 1)
+        for height, width in sizes:
+            patch_grid(height, width, self.patch)
+        tree, pooled = self.adapter.tree, self.adapter.pooled
+        channels = self.adapter.config.out_features
+        for height, width in sizes:
+            if self.adapter.encoder is None:
+                vector = None if pooled is None else pooled.expand(batch, -1)
+                tokens = torch.zeros(batch, tree.num_tokens, channels)
+                emb = SemanticEmbedding(tokens, tree, vector)
+            else:
+                emb = self.encode(torch.full((batch, 3, height, width), 0.5))
+            self.decode(emb, height, width, steps=1, output="pt")
 
     @torch.no_grad()
     def decode(
@@ -148,12 +193,15 @@ class SemanticPipeline:
         }
         height, width = inputs["height"], inputs["width"]
         patch_grid(height, width, self.patch)
-        inputs |= self._prompt(emb, options.pop("text", None))
+        inputs |= prompt_of(self.flux, emb, options.pop("text", None))
         if "max_area" in inspect.signature(self.flux.__call__).parameters:
             # Kontext would choose other sizes by itself
             inputs |= {"max_area": height * width, "_auto_resize": False}
         mask_by = attach if attention == "op" else dense_mask
         isolate_level = options.pop("isolate_level", None)
+        if self._decoder is not None and attention == "op":
+            attend = emb.tree, rule, isolate_level
+            return self._decoder(self.flux, {**inputs, **options}, attend, output)
         with mask_by(self.flux.transformer, emb.tree, rule, isolate_level=isolate_level):
             return self.flux(**{**inputs, **options}, output_type=output).images
 
@@ -327,44 +375,6 @@ class SemanticPipeline:
                 encoder.dino.save_pretrained(folder / "dino")
             write_settings(folder, settings)
             write_manifest(folder)
-
-    def _prompt(self, emb: SemanticEmbedding, text: Tensor | None) -> dict[str, Tensor]:
-        """prompt_embeds and pooled_prompt_embeds, where and in the dtype FLUX wants them."""
-        config = self.flux.transformer.config
-        emb = emb.to(self.flux._execution_device, self.flux.transformer.dtype)
-        pooled = self._empty_prompt() if emb.pooled is None else emb.pooled
-        for name, t, field in (
-            ("tokens", emb.tokens, "joint_attention_dim"),
-            ("pooled", pooled, "pooled_projection_dim"),
-        ):
-            if t.shape[-1] != config[field]:
-                raise ValueError(
-                    f"emb must have {name} of the {config[field]} channels that flux takes, "
-                    f"got {t.shape[-1]}"
-                )
-        return {
-            "prompt_embeds": append_text(emb.tokens, text),
-            "pooled_prompt_embeds": pooled_vector(emb.tokens, pooled),
-        }
-
-    def _empty_prompt(self) -> Tensor:
-        """[1, P]: the CLIP embedding of the empty prompt, which stands in for a pooled vector."""
-        encoder, tokenizer = self.flux.text_encoder, self.flux.tokenizer
-        if encoder is None or tokenizer is None:
-            raise ValueError(
-                "emb must have a pooled vector, as neither embedding nor adapter has one and flux "
-                "has no CLIP text encoder to embed the empty prompt: give "
-                "SemanticEmbedding(tokens, tree, pooled), or load flux with its text_encoder and "
-                "tokenizer"
-            )
-        ids = tokenizer(
-            "",
-            padding="max_length",
-            max_length=self.flux.tokenizer_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        return encoder(ids.to(self.flux._execution_device)).pooler_output
 
     def _fit(self, height: int, width: int) -> tuple[int, int]:
         """The default area at the aspect ratio of a picture, in whole image tokens."""

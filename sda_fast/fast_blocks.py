@@ -1,0 +1,144 @@
+"""FLUX's two kinds of blocks from fused operators: same weights, fewer passes over the tokens.
+
+A block takes and gives its residual together with what the next norm makes of it, so that a gated
+residual and the norm behind it are one pass, across blocks too.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sda_fast.flux_modulation import Norm
+from sda_fast.ops import gated_ada_norm, norm_rope
+from sda_fast.packed_linear import PackedLinear, is_plain
+
+Attend = Callable[..., Tensor]
+"""q, k, v [B, S, H, D] -> [B, S, H, D], into ``out`` if that is given."""
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin, [S, D] float32."""
+Stream = tuple[Tensor, Tensor]
+"""A residual [B, S, C], and what the next norm makes of it."""
+
+
+class DoubleBlock:
+    """A FluxTransformerBlock: text and image have weights of their own and attend together.
+
+    Args:
+        block: of the transformer, whose weights are used as they are at each call.
+    """
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+        attn = block.attn
+        self.img_qkv = PackedLinear(lambda: _projections(attn, "to_qkv", "to_q", "to_k", "to_v"))
+        added = "add_q_proj", "add_k_proj", "add_v_proj"
+        self.txt_qkv = PackedLinear(lambda: _projections(attn, "to_added_qkv", *added))
+
+    def __call__(
+        self,
+        img: Stream,
+        txt: Stream,
+        modulation: tuple[list[Tensor], list[Tensor]],
+        after: tuple[Norm, Norm],
+        rotary: Rotary,
+        attend: Attend,
+    ) -> tuple[Stream, Stream]:
+        """Both streams, image first, normed for what comes after.
+
+        Args:
+            img: the image's residual and normed residual.
+            txt: the text's.
+            modulation: shift, scale and gate of both norms, of the image and of the text.
+            after: shift and scale of the norms that follow, of the image and of the text.
+            rotary: of all tokens, text first.
+            attend: the joint attention.
+        """
+        attn, block = self.block.attn, self.block
+        streams = self.txt_qkv(txt[1]), self.img_qkv(img[1])
+        weights = (
+            (attn.norm_added_q.weight, attn.norm_added_k.weight),
+            (attn.norm_q.weight, attn.norm_k.weight),
+        )
+        q, k, v = norm_rope(streams, weights, rotary, attn.heads)
+        out = attend(q, k, v).flatten(2)
+        num_txt = txt[0].shape[1]
+        img_out, txt_out = attn.to_out[0](out[:, num_txt:]), attn.to_add_out(out[:, :num_txt])
+        return (
+            _feed_forward(img[0], img_out, block.ff, modulation[0], after[0]),
+            _feed_forward(txt[0], txt_out, block.ff_context, modulation[1], after[1]),
+        )
+
+
+class SingleBlock:
+    """A FluxSingleTransformerBlock: attention and MLP side by side over all tokens.
+
+    Args:
+        block: of the transformer, whose weights are used as they are at each call.
+    """
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+        attn = block.attn
+        self.qkv_mlp = PackedLinear(
+            lambda: [*_projections(attn, "to_qkv", "to_q", "to_k", "to_v"), block.proj_mlp]
+        )
+
+    def __call__(
+        self, x: Stream, gate: Tensor, after: Norm, rotary: Rotary, attend: Attend
+    ) -> Stream:
+        """The stream, normed for what comes after.
+
+        Args:
+            x: residual and normed residual of all tokens, text first.
+            gate: [B, C].
+            after: shift and scale of the norm that follows.
+            rotary: of all tokens.
+            attend: the joint attention.
+        """
+        attn = self.block.attn
+        width = attn.inner_dim
+        projected = self.qkv_mlp(x[1])
+        qkv, mlp = projected[..., : 3 * width], projected[..., 3 * width :]
+        weights = ((attn.norm_q.weight, attn.norm_k.weight),)
+        graded = torch.is_grad_enabled() and projected.requires_grad
+        q, k, v = norm_rope((qkv,), weights, rotary, attn.heads, values=graded)
+        if graded:
+            y = self._out(attend(q, k, v).flatten(2), F.gelu(mlp, approximate="tanh"))
+        else:
+            v = qkv[..., 2 * width :].unflatten(-1, (attn.heads, -1))
+            both = projected.new_empty(*projected.shape[:2], width + mlp.shape[-1])
+            attend(q, k, v, out=both[..., :width].unflatten(-1, (attn.heads, -1)))
+            torch.ops.aten.gelu.out(mlp, approximate="tanh", out=both[..., width:])
+            y = self.block.proj_out(both)
+        return gated_ada_norm(x[0], y, gate, *after)
+
+    def _out(self, attended: Tensor, mlp: Tensor) -> Tensor:
+        """``proj_out`` of both; under autograd their concatenation would be one more copy."""
+        linear, width = self.block.proj_out, attended.shape[-1]
+        if not is_plain(linear):
+            return linear(torch.cat([attended, mlp], -1))
+        of_mlp = F.linear(mlp, linear.weight[:, width:], linear.bias)
+        rows = torch.addmm(
+            of_mlp.flatten(0, 1), attended.flatten(0, 1), linear.weight[:, :width].t()
+        )
+        return rows.view_as(of_mlp)
+
+
+def _feed_forward(
+    residual: Tensor, attended: Tensor, ff: Any, modulation: list[Tensor], after: Norm
+) -> Stream:
+    """The attention's gated residual, the MLP and its gated residual."""
+    _, _, gate, shift, scale, gate_mlp = modulation
+    residual, normed = gated_ada_norm(residual, attended, gate, shift, scale)
+    hidden = F.gelu(ff.net[0].proj(normed), approximate="tanh")
+    return gated_ada_norm(residual, ff.net[2](hidden), gate_mlp, *after)
+
+
+def _projections(attn: Any, fused: str, *names: str) -> list[Any]:
+    """The linears of q, k and v: one where diffusers has fused them."""
+    if attn.fused_projections and hasattr(attn, fused):
+        return [getattr(attn, fused)]
+    return [getattr(attn, name) for name in names]

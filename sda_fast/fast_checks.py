@@ -1,0 +1,112 @@
+"""What FastFlux cannot run is refused by name, before anything runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from sda_fast.attachment import HOOK
+from sda_fast.hierarchy import Hierarchy
+
+EPS = 1e-6  # of every norm of FLUX
+
+
+def check_model(transformer: Any) -> None:
+    """Refuse what is no FLUX, or carries something that FastFlux would pass by.
+
+    Raises:
+        TypeError: it is no FluxTransformer2DModel.
+        ValueError: its blocks or norms are not FLUX's, it has dropout, or see ``check_now``.
+    """
+    if not isinstance(transformer, FluxTransformer2DModel):
+        raise TypeError(
+            "transformer must be a diffusers FluxTransformer2DModel (not compiled), got "
+            f"{type(transformer).__name__}"
+        )
+    counts = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+    if not all(counts):
+        raise ValueError(f"transformer must have double and single blocks, got {counts}")
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise ValueError(f"transformer must have no dropout, got {module.p} in {name}")
+        if isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.eps != EPS:
+            raise ValueError(f"{name} must be a norm with eps {EPS}, as FLUX's, got {module.eps}")
+    check_now(transformer)
+
+
+def check_now(transformer: Any) -> None:
+    """Refuse what may be put on a transformer at any time and FastFlux would pass by.
+
+    Raises:
+        ValueError: hooks of offload or of a cache, an IP-Adapter, float16.
+    """
+    if transformer.dtype == torch.float16:
+        raise ValueError("transformer must not be float16, whose range FLUX leaves: use bfloat16")
+    if getattr(transformer, "encoder_hid_proj", None) is not None:
+        raise ValueError("transformer must carry no IP-Adapter: unload it, or use attach or a mask")
+    blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+    for module in (transformer, *blocks):
+        if hasattr(module, "_hf_hook"):
+            raise ValueError(
+                "transformer must have its weights on one device: hooks of accelerate's offload "
+                "are on it"
+            )
+        registry = getattr(module, "_diffusers_hook", None)
+        found = [] if registry is None else [name for name in registry.hooks if name != HOOK]
+        if found:
+            raise ValueError(f"transformer must carry no hooks of diffusers, got {found}")
+
+
+def check_call(
+    transformer: Any,
+    tree: Hierarchy,
+    given: Mapping[str, Tensor | None],
+    guidance: Tensor | None,
+    joint: Mapping[str, Any] | None,
+) -> None:
+    """Refuse a forward that FastFlux cannot do.
+
+    Args:
+        transformer: that it stands in for.
+        tree: of the positions.
+        given: tensors that must be there, by name.
+        guidance: of the call.
+        joint: its joint_attention_kwargs.
+
+    Raises:
+        ValueError: names what is missing, does not fit or is not supported.
+    """
+    missing = [name for name, t in given.items() if t is None]
+    if missing:
+        raise ValueError(f"FastFlux: {', '.join(missing)} must be given, got None")
+    left = sorted((joint or {}).keys())
+    if "attention_mask" in left:
+        raise ValueError(
+            "joint_attention_kwargs must hold no attention_mask: FastFlux attends by its hierarchy"
+        )
+    if left:
+        raise ValueError(f"joint_attention_kwargs must hold nothing but scale, got {left}")
+    if transformer.config.guidance_embeds != (guidance is not None):
+        wanted = "be given" if transformer.config.guidance_embeds else "be None"
+        raise ValueError(f"guidance must {wanted} for this transformer, got {guidance}")
+    positions = given["encoder_hidden_states"]
+    if positions is not None and positions.shape[1] < tree.num_tokens:
+        raise ValueError(
+            f"encoder_hidden_states must hold the {tree.num_tokens} positions of {tree} first, got "
+            f"{positions.shape[1]} text tokens"
+        )
+
+
+def refuse_controlnet(block_samples: Any, single_block_samples: Any) -> None:
+    """Refuse residuals of a ControlNet.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if block_samples is not None or single_block_samples is not None:
+        raise ValueError(
+            "controlnet_block_samples and controlnet_single_block_samples must be None: FastFlux "
+            "runs no ControlNet; use attach, or the dense mask"
+        )

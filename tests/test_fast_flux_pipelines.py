@@ -1,0 +1,178 @@
+"""FastFlux in the place of the transformer of stock pipelines; what it cannot run is refused."""
+
+import pytest
+import torch
+from diffusers import (
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+)
+
+import sda_fast
+from sda_fast.embedding import SemanticEmbedding
+from sda_fast.fast_flux import FastFlux
+
+from .attached_flux import FLUX_TOLERANCE, TREE, make_inputs, make_transformer, run
+from .tiny_flux import WIDTH, tiny_flux_pipeline
+
+CLASSES = [FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxKontextPipeline]
+
+
+@pytest.fixture
+def transformer():
+    return make_transformer()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_pipelines_paint_what_they_paint_with_the_mask(cls):
+    """Two different embeddings in one batch, a height unlike the width, an ordinary prompt too."""
+    torch.manual_seed(3)
+    pipeline = tiny_flux_pipeline(cls)
+    tokens, pooled = torch.randn(2, TREE.num_tokens, WIDTH), torch.randn(2, WIDTH)
+    embedding = SemanticEmbedding(tokens, TREE, pooled)
+    extra = {} if cls is FluxPipeline else {"image": torch.rand(2, 3, 48, 32)}
+    if cls is FluxInpaintPipeline:
+        extra |= {"mask_image": torch.ones(2, 1, 48, 32), "height": 48, "width": 32}
+    source = (48, 32) if cls is FluxKontextPipeline else None
+    prompt = torch.randn(1, 4, WIDTH)
+    inputs = embedding.flux_inputs(48, 32, "local", text=prompt, source=source)
+
+    def paint():
+        seed = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 2, "generator": seed, "output_type": "pt"}
+        return pipeline(**{**inputs, **extra, **options}).images
+
+    want = paint()
+    del inputs["joint_attention_kwargs"]
+    assert (paint() - want).abs().max() > 1e-4
+    pipeline.transformer = FastFlux(pipeline.transformer, TREE, "local")
+    torch.testing.assert_close(paint(), want, **FLUX_TOLERANCE)
+
+
+def test_ids_are_read_once_while_they_stay(transformer, monkeypatch):
+    from sda_fast import flux_layout
+
+    read, count = flux_layout.read_grids, []
+    monkeypatch.setattr(flux_layout, "read_grids", lambda ids: count.append(1) or read(ids))
+    quick, inputs = FastFlux(transformer, TREE), make_inputs()
+    with torch.no_grad():
+        for _ in range(3):
+            run(quick, inputs)
+        assert len(count) == 1
+        inputs["img_ids"].copy_(inputs["img_ids"].clone())
+        run(quick, inputs)
+        assert len(count) == 2
+
+
+@torch.inference_mode()
+def test_inference_mode_and_positional_arguments(transformer):
+    quick, inputs = FastFlux(transformer, TREE), make_inputs()
+    want = run(quick, inputs)
+    out = quick(*inputs.values(), None, None, None, False)[0]
+    torch.testing.assert_close(out, want, rtol=0, atol=0)
+
+
+def test_after_inference_mode_it_still_learns(transformer):
+    quick, inputs = FastFlux(transformer.requires_grad_(False), TREE), make_inputs()
+    with torch.inference_mode():
+        run(quick, inputs)
+    inputs["encoder_hidden_states"].requires_grad_()
+    run(quick, inputs).sum().backward()
+    assert inputs["encoder_hidden_states"].grad.abs().max() > 0
+
+
+def test_the_package_offers_the_class(transformer):
+    assert sda_fast.FastFlux is FastFlux
+
+
+BAD_MODELS = [
+    ({"transformer": lambda _: torch.nn.Linear(2, 2)}, TypeError, "FluxTransformer2DModel"),
+    ({"tree": lambda _: (3, 2)}, TypeError, "tree must be a Hierarchy, got tuple"),
+    ({"rule": lambda _: "some"}, ValueError, "rule must be one of overlap, local, isolated"),
+    ({"isolate_level": lambda _: 7}, ValueError, "isolate_level"),
+    ({"transformer": lambda t: t.half()}, ValueError, "must not be float16"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), BAD_MODELS)
+def test_refuses_to_wrap(transformer, change, kind, message):
+    good = {"transformer": transformer, "tree": TREE, "rule": "overlap", "isolate_level": None}
+    bad = good | {name: f(good[name]) for name, f in change.items()}
+    with pytest.raises(kind, match=message):
+        FastFlux(**bad)
+
+
+def test_refuses_other_norms_and_dropout(transformer):
+    block = transformer.single_transformer_blocks[0]
+    block.attn.norm_k.eps = 1e-5
+    with pytest.raises(ValueError, match=r"attn\.norm_k must be a norm with eps 1e-06"):
+        FastFlux(transformer, TREE)
+    block.attn.norm_k.eps = 1e-6
+    transformer.transformer_blocks[0].attn.to_out[1].p = 0.1
+    with pytest.raises(ValueError, match=r"no dropout, got 0\.1 in transformer_blocks"):
+        FastFlux(transformer, TREE)
+
+
+def test_refuses_offload_and_caches_before_and_after(transformer, monkeypatch):
+    quick, inputs = FastFlux(transformer, TREE), make_inputs()
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    cpu = torch.device("cpu")
+    transformer.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+    with pytest.raises(ValueError, match="must carry no hooks of diffusers"):
+        run(quick, inputs)
+    with pytest.raises(ValueError, match="must carry no hooks of diffusers"):
+        FastFlux(transformer, TREE)
+
+
+def test_refuses_accelerates_offload(transformer):
+    import accelerate
+
+    quick, inputs = FastFlux(transformer, TREE), make_inputs()
+    accelerate.cpu_offload_with_hook(transformer, execution_device="cpu")
+    with pytest.raises(ValueError, match="hooks of accelerate's offload"):
+        run(quick, inputs)
+
+
+BAD_CALLS = [
+    ({"img_ids": None}, "img_ids must be given, got None"),
+    ({"img_ids": None, "timestep": None}, "timestep, img_ids must be given"),
+    ({"guidance": None}, "guidance must be given for this transformer"),
+    ({"joint_attention_kwargs": {"attention_mask": 1}}, "must hold no attention_mask"),
+    ({"joint_attention_kwargs": {"ip_hidden_states": 1}}, "must hold nothing but scale"),
+    ({"controlnet_block_samples": [1]}, "runs no ControlNet"),
+    ({"controlnet_single_block_samples": [1]}, "runs no ControlNet"),
+    ({"encoder_hidden_states": torch.zeros(2, 5, WIDTH)}, "must hold the 27 positions of"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_CALLS)
+def test_refuses_a_call(transformer, change, message):
+    quick = FastFlux(transformer, TREE)
+    with pytest.raises(ValueError, match=message):
+        quick(**make_inputs() | change)
+
+
+def test_refuses_more_tokens_than_were_tested(transformer, monkeypatch):
+    from sda_fast import flux_layout
+
+    monkeypatch.setattr(flux_layout, "MOST_TOKENS", 23)
+    with pytest.raises(ValueError, match="at most 23 image tokens, the most that were tested"):
+        run(FastFlux(transformer, TREE), make_inputs())
+
+
+def test_velocity_refuses(transformer):
+    quick, inputs = FastFlux(transformer, TREE), make_inputs()
+    emb = SemanticEmbedding(inputs["encoder_hidden_states"], TREE, inputs["pooled_projections"])
+    args = inputs["hidden_states"], inputs["timestep"]
+    for change, message in [
+        ({"checkpoint": "some"}, "checkpoint must be one of none, attention-out, full"),
+        ({"grid": (3, 6)}, r"grid must hold the 24 tokens of x_t, got \(3, 6\)"),
+        ({"grid": None}, "grid must hold the 24 tokens of x_t, got none for no square"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            quick.velocity(*args, emb, **{"grid": (4, 6), **change})
+    with pytest.raises(ValueError, match="emb must have a pooled vector"):
+        quick.velocity(*args, SemanticEmbedding(emb.tokens, TREE), grid=(4, 6))
+    with pytest.raises(ValueError, match="emb must have the hierarchy"):
+        quick.velocity(*args, emb.truncate(levels=2), grid=(4, 6))
