@@ -103,7 +103,8 @@ class SingleBlock:
         projected = self.qkv_mlp(x[1])
         qkv, mlp = projected[..., : 3 * width], projected[..., 3 * width :]
         weights = ((attn.norm_q.weight, attn.norm_k.weight),)
-        graded = torch.is_grad_enabled() and projected.requires_grad
+        learns = projected.requires_grad or any(w.requires_grad for w in weights[0])
+        graded = torch.is_grad_enabled() and learns
         q, k, v = norm_rope((qkv,), weights, rotary, attn.heads, values=graded)
         if graded:
             y = self._out(attend(q, k, v).flatten(2), F.gelu(mlp, approximate="tanh"))

@@ -15,6 +15,7 @@ from sda_fast.embedding import SemanticEmbedding
 from sda_fast.fast_blocks import DoubleBlock, Rotary, SingleBlock, Stream
 from sda_fast.fast_checkpoints import POLICIES, Checkpoint
 from sda_fast.fast_checks import check_call, check_model, check_now, refuse_controlnet
+from sda_fast.fast_memory import forward_bytes, kept_bytes, told
 from sda_fast.flux_layout import Layout, LayoutMemory
 from sda_fast.flux_modulation import Modulation, modulation_linears, modulation_rows
 from sda_fast.hierarchy import RULES, Hierarchy
@@ -235,17 +236,26 @@ class FastFlux(nn.Module):
         check_now(self.transformer)
         scale = torch.full_like(t, guidance) if self.transformer.config.guidance_embeds else None
         rows = modulation_rows(self.transformer, t, emb.pooled.to(dtype), scale)
-        return self._from_rows(
-            x_t.to(dtype), emb.tokens.to(dtype), *layout.rotary, rows,
-            layout=layout, keep=Checkpoint(checkpoint),
-        )  # fmt: skip
+        tokens = x_t.shape[1] + self.tree.num_tokens
+        each = kept_bytes(self.transformer, tokens, checkpoint)
+        with told(self.transformer, "the forward of a training step", len(x_t), tokens, each):
+            return self._from_rows(
+                x_t.to(dtype), emb.tokens.to(dtype), *layout.rotary, rows,
+                layout=layout, keep=Checkpoint(checkpoint),
+            )  # fmt: skip
 
     def _run(self, latents: Tensor, positions: Tensor, rows: Tensor, layout: Layout) -> Tensor:
         """The velocity, by a graph if that is wanted."""
         function = partial(self._from_rows, layout=layout)
         inputs = latents, positions, *layout.rotary, rows
-        if not self.graph:
-            return function(*inputs)
+        batch, tokens = len(latents), latents.shape[1] + positions.shape[1]
+        each = forward_bytes(self.transformer, tokens)
+        with told(self.transformer, "a forward", batch, tokens, each):
+            return self._by_graph(function, inputs, layout) if self.graph else function(*inputs)
+
+    def _by_graph(
+        self, function: "partial[Tensor]", inputs: tuple[Tensor, ...], layout: Layout
+    ) -> Tensor:
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
             raise ValueError(
                 "graph=True gives no gradients, but an input requires one: use velocity(), or "

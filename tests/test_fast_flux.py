@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sda_fast import fast_blocks, fast_memory
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.fast_flux import FastFlux
 from sda_fast.hierarchy import RULES
@@ -209,3 +210,47 @@ def test_tuple_is_given_on_demand(transformer):
     (sample,) = fast(transformer)(**make_inputs(), return_dict=False)
     assert sample.shape == (2, 24, 16)
     assert WIDTH == 32
+
+
+@torch.no_grad()
+def test_under_autocast_it_is_as_close_to_float32_as_the_stock_transformer(transformer):
+    inputs, quick = make_inputs(), fast(transformer)
+    exact = dense(transformer, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = dense(transformer, inputs) - exact
+        out = run(quick, inputs)
+    error = out - exact
+    assert error.abs().max() <= 1.25 * stock.abs().max() + 2 * EPS * exact.abs().max()
+    assert error.square().mean() <= 1.25**2 * stock.square().mean()
+
+
+def test_norm_weights_alone_can_learn(transformer):
+    weight = transformer.single_transformer_blocks[-1].attn.norm_q.weight.requires_grad_()
+    inputs, mask = make_inputs(), TREE.attention_mask(4, 6)[None, None]
+    (want,) = torch.autograd.grad(run(transformer, inputs, attention_mask=mask).sum(), weight)
+    (found,) = torch.autograd.grad(run(fast(transformer), inputs).sum(), weight)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("graded", [True, False])
+def test_want_of_memory_says_what_was_made_and_what_would_fit(transformer, graded, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate much")
+
+    monkeypatch.setattr(fast_blocks, "norm_rope", full)
+    monkeypatch.setattr(fast_memory, "_size_of", lambda _: 2**20)
+    quick, inputs = fast(transformer), make_inputs()
+    words = "the forward of a training step" if graded else "a forward"
+    match = rf"out of memory in {words} for 2 pictures of 51 tokens each.*about [1-9]\d* fit.*much"
+    args = inputs["hidden_states"], inputs["timestep"], embedding(inputs)
+    go = (lambda: quick.velocity(*args, grid=(4, 6))) if graded else lambda: run(quick, inputs)
+    with pytest.raises(torch.OutOfMemoryError, match=match):
+        go()
+
+
+def test_the_estimate_of_what_is_kept_is_about_right():
+    """At FLUX's ratio of widths, between 0.8 and 1.4 of what autograd keeps."""
+    sizes = {"num_attention_heads": 8, "attention_head_dim": 16}
+    transformer = make_transformer(**DEEP, **sizes).requires_grad_(False)
+    kept, _ = kept_and_recomputed(transformer, "none")
+    assert 0.8 < 4 * fast_memory.kept_bytes(transformer, 51, "none") / kept < 1.4
