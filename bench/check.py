@@ -59,8 +59,7 @@ def yardstick(
     """Work out the exact results of an attention and how close is close enough.
 
     A kernel that multiplies turned operands in half precision rounds them, as plain torch does: its
-    out is held to plain torch's error where that is worse than the cap; and a float32 angle is off
-    by its own rounding, which turns the logit.
+    out is held to plain torch's error where that is worse than the cap.
 
     Args:
         inputs: q and the gradient of out [B, N, H, D], between them k and v [B, S, H, D].
@@ -68,7 +67,6 @@ def yardstick(
         places: turn q and k by the reference rotation; None turns nothing.
     """
     q, k = inputs[:2]
-    angle = 0.0 if places is None else max(c.abs().max().item() for c in places)
     shapes = zip(NAMES, (q, q, k, k), strict=True)
     exact = {name: like.new_empty(like.shape, dtype=torch.float64) for name, like in shapes}
     eager_error = dict.fromkeys(NAMES, 0.0)
@@ -81,7 +79,7 @@ def yardstick(
             for name, x, e in zip(NAMES, right, plain, strict=True):
                 exact[name][b, :, h] = x[0, :, 0]
                 eager_error[name] = max(eager_error[name], (e.double() - x).abs().max().item())
-            for name, value in _unavoidable(one, right, angle).items():
+            for name, value in _unavoidable(one, right).items():
                 slack[name] = max(slack[name], value)
     limit = {}
     for name in NAMES:
@@ -107,15 +105,12 @@ def _plain(
     return out.detach(), *torch.autograd.grad(out, leaves, inputs[3])
 
 
-def _unavoidable(
-    inputs: Sequence[Tensor], right: Sequence[Tensor], angle: float
-) -> dict[str, float]:
+def _unavoidable(inputs: Sequence[Tensor], right: Sequence[Tensor]) -> dict[str, float]:
     """What rounded float32 logits cost, and rowsum(dO * O) of a rounded out; of one head."""
     q, k, v, d_out = (t.double() for t in inputs)
     scale = q.shape[-1] ** -0.5
     eps = torch.finfo(torch.float32).eps
     logit = 2 * eps * scale * q.norm(dim=-1).max().item() * k.norm(dim=-1).max().item()
-    logit *= 1 + angle
     d_p = (d_out[0, :, 0] @ v[0, :, 0].mT).abs().max().item()
     delta = (d_out * right[0]).square().sum(-1).sqrt().max().item()
     d_s = (logit * d_p + torch.finfo(inputs[0].dtype).eps / 2 * delta) * scale

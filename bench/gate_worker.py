@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from csrc_triton.joint_attention_backward import (
     launch_joint_attention_dkdv,
     launch_joint_attention_dq,
 )
+from csrc_triton.modulation import launch_ada_norm, launch_ada_norm_backward
+from csrc_triton.norm_rope import launch_norm_rope, launch_norm_rope_backward
+from csrc_triton.quantise import launch_quantise_rows
 from csrc_triton.rope3d import Transform, padded_width
 from csrc_triton.rope3d_attention import launch_rope3d_attention
 from csrc_triton.rope3d_attention_backward import launch_rope3d_dkdv, launch_rope3d_dq
@@ -32,9 +37,12 @@ from csrc_triton.tiles import (
     HEAD_DIMS,
     IMPLEMENTATIONS,
     KERNELS,
+    NORM_ROPE_KERNELS,
     ROPE3D_KERNELS,
     Problem,
+    RowTile,
     Tile,
+    choose_row_tile,
     choose_tile,
 )
 from sda_fast.hierarchy import Hierarchy
@@ -78,7 +86,9 @@ def main() -> None:
     triton.runtime.driver.set_active(Target())
     triton.knobs.nvidia.dump_ptxas_log = True
     built: dict[str, Built] = {}
-    for words, launch, tensor_cores in (*_joint_attention(), *_rope3d_attention()):
+    attention = _joint_attention, _rope3d_attention
+    memory_bound = _modulation, _norm_rope, _quantise
+    for words, launch, tensor_cores in chain(*(kernels() for kernels in attention + memory_bound)):
         for number, (compiled, log) in enumerate(_compile(launch)):
             # a second kernel of one launcher merges what the first one left in parts
             name, products = (f"merge after {words}", False) if number else (words, tensor_cores)
@@ -169,6 +179,70 @@ def _rope3d_launch(
         launch = lambda: launch_rope3d_dkdv(q, (q, k, k), lse, lse, *rest, 0.1, tile)
     words = [kernel, f"D{head_dim}", str(dtype)[6:], _words(tile), *(transform or ["plain"])]
     return " ".join(words), launch, dtype != torch.float32
+
+
+def _modulation() -> Iterator[tuple[str, Launch, bool]]:
+    """FLUX's C = 3072 with every pass, other C and dtypes with the fullest."""
+    cases = [(torch.bfloat16, channels) for channels in (3072, 3000, 8192, 512)]
+    for dtype, channels in (*cases, *((dtype, 3072) for dtype in DTYPES[1:])):
+        x = torch.empty(BATCH, 4224, channels, dtype=dtype, device=META)
+        row = torch.empty(BATCH, 6 * channels, dtype=dtype, device=META)[:, :channels]
+        stats = torch.empty(BATCH, 4224, 2, device=META)
+        words = f"C{channels} {str(dtype)[6:]}"
+        plain = (dtype, channels) == cases[0]
+        for gated in (False, True) if plain else (True,):
+            name = ("gated_" if gated else "") + "ada_norm"
+            residual = (x, row) if gated else None
+            launch = partial(launch_ada_norm, x, row, row, 1e-6, residual)
+            yield f"{name} {words}", launch, False
+            for learns in (False, True) if plain else (True,):
+                wanted = (gated and learns, learns, learns)
+                residual = (x, row, x if learns else None) if gated else None
+                launch = partial(launch_ada_norm_backward, x, x, stats, row, wanted, residual)
+                yield f"{name}_backward {words}{' learns' * learns}", launch, False
+
+
+def _norm_rope() -> Iterator[tuple[str, Launch, bool]]:
+    """FLUX's D = 128: both streams, and one with and without v; other D and dtypes with both."""
+    cases = [(torch.bfloat16, head_dim, 2, True) for head_dim in HEAD_DIMS]
+    cases += [(torch.bfloat16, 128, 1, True), (torch.bfloat16, 128, 1, False)]
+    cases += [(dtype, 128, 2, True) for dtype in DTYPES[1:]]
+    for dtype, head_dim, count, values in cases:
+        empty = partial(torch.empty, dtype=dtype, device=META)
+        lengths, width = (128, 4096)[-count:], HEADS * head_dim
+        # single blocks slice them from a projection that is fused with the MLP's
+        streams = [empty(BATCH, n, 7 * width)[..., : (2 + values) * width] for n in lengths]
+        norms = [empty(head_dim) for _ in range(2 * count)]
+        tables = (torch.empty(sum(lengths), head_dim, device=META),) * 2
+        grads = [empty(BATCH, sum(lengths), HEADS, head_dim) for _ in range(2 + values)]
+        forward, backward = (choose_row_tile(name, dtype, head_dim) for name in NORM_ROPE_KERNELS)
+        kind = ("one stream", "two streams")[count - 1] + (" with v" if values else "")
+        words = f"D{head_dim} {str(dtype)[6:]} {kind}"
+        launch = partial(launch_norm_rope, streams, norms, tables, HEADS, values, forward)
+        yield f"{NORM_ROPE_KERNELS[0]} {words} {_row_words(forward)}", launch, False
+        for learn in (False, True):
+            launch = partial(
+                launch_norm_rope_backward, grads, streams, norms, tables, learn, backward
+            )
+            about = f"{words} {_row_words(backward)}{' with norms' if learn else ''}"
+            yield f"{NORM_ROPE_KERNELS[1]} {about}", launch, False
+
+
+def _quantise() -> Iterator[tuple[str, Launch, bool]]:
+    """FLUX's rows: tokens of every width, and gradients, which the scales of a weight multiply."""
+    half = torch.bfloat16
+    cases = [(half, width, False) for width in (64, 3072, 12288, 15360)]
+    cases += [(half, width, True) for width in (3072, 9216, 21504)]
+    cases += [(dtype, width, True) for dtype in DTYPES[1:] for width in (3072, 21504)]
+    for dtype, width, scaled in cases:
+        x = torch.empty(BATCH, 4224, width, dtype=dtype, device=META)
+        factor = torch.empty(width, device=META) if scaled else None
+        words = f"quantise_rows K{width} {str(dtype)[6:]}{' scaled' * scaled}"
+        yield words, partial(launch_quantise_rows, x, factor), False
+
+
+def _row_words(tile: RowTile) -> str:
+    return f"{tile.tokens}x{tile.heads} w{tile.num_warps}"
 
 
 def _words(tile: Tile) -> str:

@@ -112,7 +112,7 @@ EVERY = tuple(
     for side in SIDES
     for batch in BATCHES
 )
-SMALL = (_small("op", 1, 4), _small("op", 2, 5), _small("adapter", 2, 4))
+SMALL = (_small("op", 1, 4), _small("op", 2, 6), _small("adapter", 2, 4))
 GROUPS = {"goals": GOALS, "all": EVERY, "small": SMALL}
 """Names for several cases at once."""
 CASES = {case.name: case for case in (*EVERY, *SMALL)}

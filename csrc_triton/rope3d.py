@@ -16,16 +16,18 @@ from torch import Tensor
 
 EPS = tl.constexpr(1e-6)
 
-# sine and cosine of f quarter turns, |f| <= 1/2: Taylor terms, the next ones are below 3e-8
-S1 = tl.constexpr(pi / 2)
-S3 = tl.constexpr(-((pi / 2) ** 3) / 6)
-S5 = tl.constexpr((pi / 2) ** 5 / 120)
-S7 = tl.constexpr(-((pi / 2) ** 7) / 5040)
-S9 = tl.constexpr((pi / 2) ** 9 / 362880)
-C2 = tl.constexpr(-((pi / 2) ** 2) / 2)
-C4 = tl.constexpr((pi / 2) ** 4 / 24)
-C6 = tl.constexpr(-((pi / 2) ** 6) / 720)
-C8 = tl.constexpr((pi / 2) ** 8 / 40320)
+# pi / 2 in three parts, the first two of so few bits that small multiples of them are exact
+# (Cody and Waite, Software Manual for the Elementary Functions, 1980)
+TWO_OVER_PI = tl.constexpr(2 / pi)
+HIGH = tl.constexpr(1.5703125)
+MIDDLE = tl.constexpr(0.0004837512969970703125)
+LOW = tl.constexpr(pi / 2 - 1.5703125 - 0.0004837512969970703125)
+
+# sine and cosine of f, |f| <= pi / 4: Taylor terms, the next ones are below 3e-8
+S3, S5 = tl.constexpr(-1 / 6), tl.constexpr(1 / 120)
+S7, S9 = tl.constexpr(-1 / 5040), tl.constexpr(1 / 362880)
+C2, C4 = tl.constexpr(-1 / 2), tl.constexpr(1 / 24)
+C6, C8 = tl.constexpr(-1 / 720), tl.constexpr(1 / 40320)
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Transform:
     Attributes:
         coords: [S, 3] or [B, S, 3] f32: level, y, x; last two dimensions contiguous. None for no
             rotation.
-        pairs: [2, WIDTH / 2] f32 of each pair of elements: its axis, and its quarter turns a unit;
-            None likewise.
+        pairs: [2, WIDTH / 2] f32 of each pair of elements: its axis, and its angle a unit; None
+            likewise.
         weight: [D] contiguous, of the norm; None for no norm.
     """
 
@@ -63,23 +65,25 @@ def padded_width(head_dim: int) -> int:
 
 
 def pair_table(axes: tuple[int, int, int], theta: float) -> Tensor:
-    """The axis and the quarter turns a unit of each pair, on the CPU; beyond D none turns."""
-    axis, turns = [], []
+    """The axis and the angle a unit of each pair, on the CPU; beyond D none turns."""
+    axis, angles = [], []
     for number, size in enumerate(axes):
         axis += [float(number)] * (size // 2)
-        turns += [theta ** (-2 * i / size) * 2 / pi for i in range(size // 2)]
+        angles += [theta ** (-2 * i / size) for i in range(size // 2)]
     missing = padded_width(2 * len(axis)) // 2 - len(axis)
-    table = [axis + [0.0] * missing, turns + [0.0] * missing]
+    table = [axis + [0.0] * missing, angles + [0.0] * missing]
     return torch.tensor(table, dtype=torch.float32, device="cpu")
 
 
 @triton.jit
-def sine_cosine(quarter_turns):
+def sine_cosine(angle):
     """Sine and cosine in f32; exactly 0 and 1 at 0."""
-    n = tl.floor(quarter_turns + 0.5)
-    f = quarter_turns - n
+    n = tl.floor(angle * TWO_OVER_PI + 0.5)
+    f = ((angle - n * HIGH) - n * MIDDLE) - n * LOW
+    # an angle so large that it is no more than a guess must still give a sine and a cosine
+    f = tl.minimum(tl.maximum(f, -0.8), 0.8)
     f2 = f * f
-    s = f * (S1 + f2 * (S3 + f2 * (S5 + f2 * (S7 + f2 * S9))))
+    s = f * (1.0 + f2 * (S3 + f2 * (S5 + f2 * (S7 + f2 * S9))))
     c = 1.0 + f2 * (C2 + f2 * (C4 + f2 * (C6 + f2 * C8)))
     quarter = n.to(tl.int32)
     odd = (quarter & 1) != 0
@@ -92,14 +96,14 @@ def sine_cosine(quarter_turns):
 def load_turn(coords_ptr, pairs_ptr, rows, in_range, HALF: tl.constexpr):
     """Sine and cosine [rows, HALF] of each token and pair."""
     i = tl.arange(0, HALF)
-    axis, turns = tl.load(pairs_ptr + i), tl.load(pairs_ptr + HALF + i)
+    axis, angle = tl.load(pairs_ptr + i), tl.load(pairs_ptr + HALF + i)
     place = coords_ptr + rows * 3
     level = tl.load(place, mask=in_range, other=0.0)
     y = tl.load(place + 1, mask=in_range, other=0.0)
     x = tl.load(place + 2, mask=in_range, other=0.0)
     along = tl.where(axis == 1.0, y[:, None], x[:, None])
     along = tl.where(axis == 0.0, level[:, None], along)
-    return sine_cosine(along * turns)
+    return sine_cosine(along * angle)
 
 
 @triton.jit

@@ -200,12 +200,14 @@ def _rope3d_dkdv_kernel(
         delta = tl.load(delta_ptr + m, mask=in_rows, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         p = tl.exp2(scores * scale_log2 - lse[None, :])
-        p = tl.where(in_sample[:, None], p, 0.0)
         dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
 
+    # a key out of range, whose p may be infinite, has gathered what no key of the sample sees
+    dk = tl.where(in_sample[:, None], dk, 0.0)
+    dv = tl.where(in_sample[:, None], dv, 0.0)
     d_offset = b * stride_db + h * stride_dh
     store_row_tile(dv_ptr + d_offset, dv, n, in_keys, stride_ds, HEAD_DIM, WIDTH)
     dk = _back(

@@ -199,7 +199,7 @@ NORM_ROPE_KERNELS = ("norm_rope_forward", "norm_rope_backward")
 
 WIDE = (
     "not timed yet; loads of 16 bytes, all out before the first store, and by the registers that "
-    "the gate counts five programs or more fit a multiprocessor"
+    "the gate counts for D = 128 five programs or more fit a multiprocessor"
 )
 
 NORM_ROPE_ENTRIES: tuple[RowEntry, ...] = (

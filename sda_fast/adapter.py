@@ -165,9 +165,9 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
             images: a PIL image, a path, a list of these in any sizes, or a float tensor
                 [B, 3, H, W] in [0, 1]. Pictures of one size go through together.
             graph: run encoder and adapter as a CUDA graph, captured at the first call for a number
-                and size of pictures: no launches, the lowest latency of small batches. The last 8
-                are kept. Weights that change, in place or not, are seen; hooks run at captures
-                only. The same result up to rounding.
+                and size of pictures: one launch in place of a thousand, the lowest latency of small
+                batches. The last 8 are kept. Weights, modes and settings that change are seen;
+                hooks run at captures only. The same result up to rounding.
 
         Returns:
             B embeddings in the order given, on the adapter's device and in its dtype, with the
@@ -185,13 +185,24 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         batches: list[Tensor] = []
         for places, pixels in group_by_size(images):
             if graph:
-                batches.append(self._graphs.run(self._read, [pixels], [self, encoder]))
+                read = self._read, [pixels], [self, encoder]
+                batches.append(self._graphs.run(*read, about=self._settings(encoder)))
             else:
                 batches.append(self._read(pixels))
             rows += places
         tokens = torch.cat(batches)[torch.tensor(rows).argsort().to(self.device)]
         pooled = None if self.pooled is None else self.pooled.expand(len(rows), -1)
         return SemanticEmbedding(tokens, self.tree, pooled)
+
+    def _settings(self, encoder: "ImageEncoder") -> tuple:
+        """What ``_read`` depends on beside weights, modes and shapes."""
+        of_encoder = (
+            encoder.size, encoder.squash, encoder.clip_mean, encoder.clip_std, encoder.dino_mean,
+            encoder.dino_std,
+        )  # fmt: skip
+        qformer = self.qformer
+        rotates = qformer.cross_attention_rope, qformer.self_attention_rope
+        return self.tree, rotates, *map(str, of_encoder)
 
     def _read(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] -> positions [B, N, C]."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from threading import Lock
+from threading import RLock
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from sda_fast.ops.device_tables import capturing
 Function = Callable[..., Tensor]
 LIMIT = 8
 GRAPH_DEVICES = ("cuda",)
+_one_capture = RLock()  # a capture does not survive another one of the process
 WARM_UPS = 2  # libraries set themselves up, kernels compile, tables move: no capture may do that
 
 
@@ -40,9 +41,11 @@ class GraphCache:
     """CUDA graphs of functions of tensors, the least recently used given up for a new one.
 
     A graph repeats launches on fixed addresses. Weights that change in place are seen, as they are
-    read anew; where a parameter, a buffer or a submodule is another one or lies elsewhere, the
-    graph is captured again. What Python does besides, as in hooks, happens at the capture alone.
-    Calls from several threads and streams take turns. A copy of a cache is an empty one.
+    read anew; where a parameter or buffer lies elsewhere or otherwise, where a submodule is another
+    one or in another mode, and where a LoRA layer has another scale, the graph is captured again.
+    What else a function reads from Python must be in ``about``; hooks run at captures only. Calls
+    from several threads and streams take turns; while one captures, no other thread may wait for
+    the whole device. A copy of a cache is an empty one.
 
     Args:
         limit: graphs that are kept, at least 1.
@@ -61,7 +64,7 @@ class GraphCache:
         self._make_pool = make_pool or GraphPool
         self._pool: tuple[torch.device, Pool] | None = None
         self._graphs: dict[Hashable, tuple[Replay, Addresses]] = {}  # last used last
-        self._lock = Lock()
+        self._lock = RLock()
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -96,7 +99,7 @@ class GraphCache:
             return function(*inputs)
         with self._lock, torch.no_grad():
             now = Addresses.of(modules)
-            kind = about, _kind(inputs, modules)
+            kind = about, _kind(inputs)
             replay, then = self._graphs.pop(kind, (None, None))
             if replay is not None and then != now:
                 replay.release()
@@ -104,9 +107,7 @@ class GraphCache:
             if replay is None:
                 while len(self._graphs) >= self.limit:
                     self._drop_oldest()
-                pool = self._pool_on(now.device())
-                with torch.inference_mode(False), torch.no_grad():  # its tensors outlive the mode
-                    replay = pool.capture(function, inputs)
+                replay = self._capture(function, inputs, now.device())
             self._graphs[kind] = replay, now
             return replay(inputs)
 
@@ -114,6 +115,17 @@ class GraphCache:
         """Give all graphs and their memory up."""
         with self._lock:
             self._clear()
+
+    def _capture(
+        self, function: Function, inputs: Sequence[Tensor], device: torch.device
+    ) -> Replay:
+        pool = self._pool_on(device)
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # its tensors outlive the mode
+                return pool.capture(function, inputs)
+        except BaseException:
+            self._pool = None  # a capture that broke off may leave its memory unusable
+            raise
 
     def _pool_on(self, device: torch.device) -> Pool:
         if self._pool is None or self._pool[0] != device:
@@ -137,44 +149,52 @@ class Addresses:
 
     Attributes:
         modules: they and all theirs; held, so that no other gets the identity of one.
-        tensors: address and dtype of each parameter and buffer.
+        modes: which of them are in training mode.
+        tensors: address, dtype, shape and strides of each parameter and buffer.
         devices: of these.
         strengths: what LoRA layers keep in Python: their scales, and which of them are active.
     """
 
     modules: list[nn.Module]
-    tensors: list[tuple[int, torch.dtype]]
+    modes: list[bool]
+    tensors: list[tuple]
     devices: set[torch.device]
     strengths: list[str]
 
     @classmethod
     def of(cls, roots: Sequence[nn.Module]) -> "Addresses":
         """Look at modules, as they are now."""
-        modules, tensors, devices, strengths = [], [], set(), []
+        modules, tensors, devices, strengths, seen = [], [], set(), [], set()
         left = list(roots)
         # several times as fast as parameters() and buffers(): this comes before every replay
         while left:
             module = left.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
             modules.append(module)
             for table in (module._parameters, module._buffers):
                 for t in table.values():
                     if t is not None:
-                        tensors.append((t.data_ptr(), t.dtype))
+                        tensors.append((t.data_ptr(), t.dtype, t.shape, t.stride()))
                         devices.add(t.device)
             if "scaling" in vars(module):
                 strengths.append(_strength(vars(module)))
             left += [child for child in module._modules.values() if child is not None]
-        return cls(modules, tensors, devices, strengths)
+        modes = [module.training for module in modules]
+        return cls(modules, modes, tensors, devices, strengths)
 
     def device(self) -> torch.device:
         """The one they are all on.
 
         Raises:
-            ValueError: there are several, or it has no CUDA graphs.
+            ValueError: there are several, it has no CUDA graphs, or a tensor has no address.
         """
         if len(self.devices) != 1 or any(d.type not in GRAPH_DEVICES for d in self.devices):
             found = sorted(map(str, self.devices))
             raise ValueError(f"a CUDA graph needs all weights on one CUDA device, got {found}")
+        if any(not address and shape.numel() for address, _, shape, _ in self.tensors):
+            raise ValueError("a CUDA graph needs plain weights, got a tensor without an address")
         (device,) = self.devices
         return device
 
@@ -207,32 +227,39 @@ class GraphPool:
         """
         autocast_keeps = torch.is_autocast_cache_enabled()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device):
+        with _one_capture, torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
             # the casts that autocast keeps are of today's weights
             torch.set_autocast_cache_enabled(False)
             try:
                 held = [torch.empty_like(t, device=self.device).copy_(t) for t in inputs]
                 self._warm_up(function, held)
+                # the workspace that the graph will use must be the graph's, which nobody clears
+                torch._C._cuda_clearCublasWorkspaces()
                 with torch.cuda.graph(
                     graph, self._handle, self._side, capture_error_mode="thread_local"
                 ):
                     result = function(*held)
+                torch._C._cuda_clearCublasWorkspaces()
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 shapes = [tuple(t.shape) for t in inputs]
                 raise RuntimeError(f"inputs of {shapes} gave no CUDA graph: {error}") from error
             finally:
+                torch.cuda.set_stream(current)  # a capture that breaks off does not come back to it
                 torch.set_autocast_cache_enabled(autocast_keeps)
         return GraphReplay(graph, held, result, self._done)
 
     def _warm_up(self, function: Function, inputs: Sequence[Tensor]) -> None:
         current = torch.cuda.current_stream()
         self._side.wait_stream(current)
-        with torch.cuda.stream(self._side):
-            for _ in range(WARM_UPS):
-                function(*inputs)
-        current.wait_stream(self._side)
+        try:
+            with torch.cuda.stream(self._side):
+                for _ in range(WARM_UPS):
+                    function(*inputs)
+        finally:
+            current.wait_stream(self._side)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,9 +296,16 @@ class GraphReplay:
         self.graph.reset()
 
 
-def _kind(inputs: Sequence[Tensor], modules: Sequence[nn.Module]) -> Hashable:
-    """What a graph holds for: all that changes the launches, but for the weights' addresses."""
-    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-    modes = tuple(module.training for module in modules)
-    shapes = tuple((t.shape, t.dtype) for t in inputs)
-    return shapes, modes, autocast, torch.get_float32_matmul_precision()
+def _kind(inputs: Sequence[Tensor]) -> Hashable:
+    """What a graph holds for: all that changes the launches, but for what the modules hold."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return (
+        tuple((t.shape, t.dtype) for t in inputs),
+        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        cudnn.allow_tf32,
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )

@@ -100,10 +100,11 @@ class QFormer(nn.Module):
         head_dim = x.shape[-1] // self.num_heads
         kv = self.to_kv(patches).unflatten(-1, (-1, 2, self.num_heads, head_dim))
         of_layers = iter(kv.unbind(2))
+        recompute = self._gradient_checkpointing_func if self.gradient_checkpointing else None
         for layer in self.layers:
             read = next(of_layers) if layer.cross_attention is not None else None
-            if self.gradient_checkpointing and self._gradient_checkpointing_func is not None:
-                x = self._gradient_checkpointing_func(layer, x, read, *coords)
+            if recompute is not None and torch.is_grad_enabled():
+                x = recompute(layer, x, read, *coords)
             else:
                 x = layer(x, read, *coords)
         return self.norm_out(x)

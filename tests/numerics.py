@@ -9,10 +9,9 @@ Every result must have the right shape, dtype and pattern of inf and NaN, and it
 In half precision the root mean square of the error is capped too, or held to twice the reference's
 where that is worse. Every limit allows for what no attention in blocks can avoid: a float32 logit
 is off by about `2 * eps * |q| * |k| * scale`, and so is each probability, relatively; and
-delta = rowsum(dO * O) is taken from the rounded output, which dq and dk inherit. Where q and k are
-rotated first, a float32 angle is off by `eps * angle` and turns the logit with it; and a kernel
-that multiplies rotated operands in half precision rounds them, as the reference does: its out and
-lse are held to the reference's error where that is worse than the cap. Where q and k are normed
+delta = rowsum(dO * O) is taken from the rounded output, which dq and dk inherit. A kernel that
+multiplies rotated operands in half precision rounds them, as the reference does: its out and lse
+are held to the reference's error where that is worse than the cap. Where q and k are normed
 first, what is off in the gradients of normed rows goes on through the norm: divided by a row's root
 mean square to dq and dk, added up over the rows, at random, to the gradients of the weights.
 """
@@ -100,13 +99,13 @@ def assert_attention(
     reference: Callable[..., tuple[Tensor, Tensor]],
     qkv: Sequence[Tensor],
     d_out: Tensor,
-    largest_angle: float | None = None,
+    rounds_operands: bool = False,
 ) -> None:
     """Fail unless op is as good as the reference in out, lse, dq, dk and dv.
 
-    Both are called as f(q, k, v) and return out [B, S, H, D] and lse [B, H, S]. The largest angle
-    by which they turn q and k is given, in radians, for kernels that multiply turned operands.
-    With five tensors in qkv the last two are weights of norms, and their gradients count, too.
+    Both are called as f(q, k, v) and return out [B, S, H, D] and lse [B, H, S]. Of kernels that
+    multiply turned or normed operands in half precision it is said that they round them. With
+    five tensors in qkv the last two are weights of norms, and their gradients count, too.
     """
     dtype = qkv[0].dtype
     exact = run_attention(reference, qkv, d_out, torch.float64)
@@ -115,8 +114,8 @@ def assert_attention(
     assert actual.lse.dtype == torch.float32, f"lse: {actual.lse.dtype}"
     assert {t.dtype for t in (actual.out, *actual[2:])} == {dtype}
 
-    slack = _unavoidable(qkv, d_out, exact, largest_angle or 0.0)
-    rounds_operands = largest_angle is not None and dtype != torch.float32
+    slack = _unavoidable(qkv, d_out, exact)
+    rounds_operands &= dtype != torch.float32
     for name in exact._fields:
         a, e, x = getattr(actual, name), getattr(eager, name), getattr(exact, name)
         _assert_pattern(name, a, x)
@@ -142,7 +141,7 @@ def assert_attention(
 
 
 def _unavoidable(
-    qkv: Sequence[Tensor], d_out: Tensor, exact: Attention | NormedAttention, angle: float
+    qkv: Sequence[Tensor], d_out: Tensor, exact: Attention | NormedAttention
 ) -> dict[str, float]:
     """Errors of each result from rounded logits and, for dq and dk, from a rounded delta."""
     q, k, v, *weights = (t.double() for t in qkv)
@@ -157,7 +156,6 @@ def _unavoidable(
     delta = (d_out.double() * exact.out).square().sum(-1).sqrt().max().item()
     scale = q.shape[-1] ** -0.5
     logit = 2 * EPS * q.norm(dim=-1).max().item() * k.norm(dim=-1).max().item() * scale
-    logit *= 1 + angle
     d_s = (logit * d_p + torch.finfo(qkv[0].dtype).eps / 2 * delta) * scale
     dq, dk = d_s * k.abs().max().item(), d_s * q.abs().max().item()
     return {

@@ -183,7 +183,7 @@ def test_checkpoints_count_for_no_goal(small):
 def test_pytest_bench_takes_what_the_suite_takes():
     given = [(case.name, variant.name) for case, variant in test_regression.OUR_QFORMER]
     assert given[:5] == [
-        ("small-op-b1-s16", "ours"), ("small-op-b2-s25", "ours"),
+        ("small-op-b1-s16", "ours"), ("small-op-b2-s36", "ours"),
         ("small-adapter-b2-s16", "ours-adapter"),
         ("small-adapter-b2-s16", "ours-launched-adapter"),
         ("small-adapter-b2-s16", "ours-checkpointed-adapter"),

@@ -374,7 +374,7 @@ def test_the_default_cases_are_flux_s_and_the_adapter_s():
         ("op-b64-*,flux-512-b8-tree16",
          ["op-b64-s729", "op-b64-s1369", "op-b64-s4096", "flux-512-b8-tree16"]),
         ("op", [f"op-b{b}-s{s}" for s in (729, 1369, 4096) for b in (1, 4, 16, 64)]),
-        ("small", [*(c.name for c in SMALL), "small-op-b1-s16", "small-op-b2-s25"]),
+        ("small", [*(c.name for c in SMALL), "small-op-b1-s16", "small-op-b2-s36"]),
     ],
 )  # fmt: skip
 def test_cases_of_both_operators_have_names(text, names):

@@ -35,8 +35,8 @@ from .test_bench_measure import ROOT, plain_environment
 from .test_bench_tune import CPU, evaluated, needs_no_gpu, record
 
 CASE = SMALL[1]
-# 6 queries of 2 heads, 25 keys: two blocks of 16
-TINY = QFormerCase("op", 1, 5, 2, 16, Hierarchy((2, 1)), torch.float32)
+# 6 queries of 2 heads, 36 keys: three blocks of 16
+TINY = QFormerCase("op", 1, 6, 2, 16, Hierarchy((2, 1)), torch.float32)
 LAUNCHERS = {
     "rope3d_forward": (rope3d_attention, "launch_rope3d_attention"),
     "rope3d_dq": (rope3d_attention_backward, "launch_rope3d_dq"),
@@ -74,10 +74,14 @@ def test_the_suite_tries_every_tile_then_other_parts(small):
     assert {r["status"] for r in records} == {"ok"}
     assert f"{len(records)} records in" in said
     current, other = Tile(16, 16, 4, 1), Tile(16, 32, 4, 1)
-    # with blocks of 32 there is one only
+    # three blocks, of 32 keys two
     rounds = {
         1: [Trial(current, 2), Trial(other, 1)],
-        2: [Trial(current, 2), Trial(current, 1, by_rule=False), Trial(other, 1)],
+        2: [Trial(current, 2), Trial(other, 1)]
+        + [
+            Trial(tile, parts, by_rule=False)
+            for tile, parts in ((current, 1), (current, 3), (other, 2))
+        ],
     }
     for kernel in SPLIT:
         for number, expected in rounds.items():
@@ -86,7 +90,7 @@ def test_the_suite_tries_every_tile_then_other_parts(small):
             assert len(mine) == len(expected)
             for r in mine:
                 assert r["current"] == (trial_of(r).tile == current)
-                assert (r["tiles"], r["blocks"]) == (4, 2 if r["current"] else 1)
+                assert (r["tiles"], r["blocks"]) == (4, 3 if r["current"] else 2)
     last = [r for r in records if r["kernel"] == "rope3d_dkdv"]
     assert [trial_of(r) for r in last] == [Trial(current), Trial(other)]
     for r in records:
@@ -104,15 +108,17 @@ def test_what_is_printed_can_be_pasted(small):
         assert entry.tile == Tile(**best["tile"])
         assert (entry.implementation, entry.dtypes) == (None, (torch.float32,))
         # the table goes by the width of a row of a tile
-        assert (entry.head_dims, entry.min_img, entry.min_batch_heads) == ((32,), 25, 4)
+        assert (entry.head_dims, entry.min_img, entry.min_batch_heads) == ((32,), 36, 4)
         assert f"{CASE.name} {best['p50_ms']:.4f} ms" in entry.chosen_by
         assert ("part" in entry.chosen_by) == (entry.kernel in SPLIT)
     rows = [row for row in printed.splitlines() if row.startswith(f"# | {CASE.name}")]
-    wanted = ((kernel, parts) for kernel in SPLIT for parts in ("1", "2"))
-    for (kernel, parts), row in zip(wanted, rows, strict=True):
+    shown = [("16-16-4-1-64", "3", parts, "2") for parts in "123"]
+    shown += [("16-32-4-1-64", "2", parts, "1") for parts in "12"]
+    wanted = [(kernel, *one) for kernel in SPLIT for one in shown]
+    for (kernel, tile, blocks, parts, rule), row in zip(wanted, rows, strict=True):
         cells = [cell.strip() for cell in row.split("|")[2:-1]]
-        assert cells[:7] == ["16", kernel, "16-16-4-1-64", "4", "2", parts, str(4 * int(parts))]
-        assert cells[-1] == ("its choice for 132 processors" if parts == "2" else "")
+        assert cells[:7] == ["16", kernel, tile, "4", blocks, parts, str(4 * int(parts))]
+        assert cells[-1] == ("its choice for 132 processors" if parts == rule else "")
 
 
 def turns_of(args):
@@ -213,12 +219,13 @@ def test_a_wrong_tile_or_number_of_parts_is_recorded_and_never_timed(kernels, mo
         assert (r["status"], r["reps"], r["p50_ms"]) == ("failed", 0, None)
         assert r["reason"].startswith(f"wrong: {what} is off by")
         assert f"in 1     failed: {r['reason']}" in line(r)
-    # of two tiles one was right, then of two numbers of parts one
-    assert timed[:2] == [1, 1]
+    # of two tiles one was right, then of three numbers of parts two
+    assert timed[:2] == [1, 2]
     best = fastest(found, "rope3d_forward", None)
     assert (best["parts"], best["current"], best["round"]) == (2, True, 2)
     assert evaluated(entries(found))[0].tile == Tile(16, 16, 4, 1)
-    assert not [row for row in parts_table(found) if "rope3d_forward" in row]
+    rows = [row for row in parts_table(found) if "rope3d_forward" in row]
+    assert [row.split("|")[7].strip() for row in rows] == ["2", "3"]
 
 
 @needs_no_gpu
@@ -246,7 +253,7 @@ def bare(**sizes):
         # 16 tiles, 22 blocks; 12 and 16 parts would leave some without keys
         ({"batch": 1, "side": 37}, (128, 64), [8, 1, 4, 11, 22]),
         ({"batch": 1, "side": 37}, (64, 64), [4, 1, 2, 6, 8, 11]),
-        ({"batch": 1, "side": 27}, (128, 128), [6, 1, 3]),
+        ({"batch": 1, "side": 27}, (128, 128), [3, 1, 6]),
         # more tiles than processors
         ({"batch": 16, "side": 64}, (128, 64), [1, 2, 3, 4]),
         ({"batch": 1, "side": 4}, (128, 64), [1]),

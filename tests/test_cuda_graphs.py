@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sda_fast import cuda_graphs
 from sda_fast.cuda_graphs import GraphCache
@@ -108,7 +109,17 @@ def remove_module(model):
     del model[2]
 
 
+def transpose_data(model):
+    model[0].weight.data = model[0].weight.data.t()
+
+
+def transpose_parameter(model):
+    model[0].weight = nn.Parameter(model[0].weight.detach().t())
+
+
 CHANGES = [
+    transpose_data,
+    transpose_parameter,
     move_data,
     replace_parameter,
     replace_buffer,
@@ -140,12 +151,10 @@ def test_a_graph_alone_would_be_stale(model, change):
 
 
 @pytest.mark.parametrize("modes", ["train", "autocast", "precision"])
-def test_modes_that_change_the_launches_have_graphs_of_their_own(
-    cache, pool, model, modes, monkeypatch
-):
+def test_modes_that_change_the_launches_are_captured_anew(cache, pool, model, modes, monkeypatch):
     assert_right(cache, model)
     if modes == "train":
-        model.train()
+        model[1].train()  # the root is as it was
         cache.run(model, [torch.randn(4, 6)], [model])
     elif modes == "autocast":
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)
@@ -225,3 +234,53 @@ def test_weights_on_several_devices_or_on_none_with_graphs_are_refused(cache, mo
 def test_no_room_is_refused():
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         GraphCache(0)
+
+
+class Failing(TapePool):
+    """A pool that a broken capture has spoilt."""
+
+    spoilt = False
+
+    def __call__(self, device):
+        return Failing(self.tapes)
+
+    def capture(self, function, inputs):
+        assert not self.spoilt, "this pool is to be used no more"
+        try:
+            return super().capture(function, inputs)
+        except RuntimeError:
+            self.spoilt = True
+            raise
+
+
+def test_after_a_broken_capture_another_pool_is_taken(model):
+    cache = GraphCache(make_pool=Failing())
+
+    def fails(x):
+        raise RuntimeError("no")
+
+    assert_right(cache, model)
+    with pytest.raises(RuntimeError, match="no"):
+        cache.run(fails, [torch.randn(9, 6)], [model])
+    assert_right(cache, model)
+    assert_right(cache, model, 9, 6)
+
+
+def test_about_tells_functions_apart(cache, pool, model):
+    x = torch.randn(4, 6)
+    for _ in range(2):
+        assert torch.equal(cache.run(lambda t: t + 1, [x], [model], "one more"), x + 1)
+        assert torch.equal(cache.run(lambda t: t + 2, [x], [model], "two more"), x + 2)
+    assert len(pool.tapes) == 2
+
+
+def test_modules_that_hold_each_other_and_weights_without_an_address(cache, model):
+    model[2].parent = [model]
+    model[2]._modules["parent"] = model
+    assert_right_graph = cache.run(lambda t: t + 1, [torch.zeros(2)], [model])
+    assert torch.equal(assert_right_graph, torch.ones(2))
+    del model[2]._modules["parent"]
+    fake = nn.Module()
+    fake.weight = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+    with pytest.raises(ValueError, match="needs plain weights"):
+        cache.run(model, [torch.randn(4, 6)], [fake])

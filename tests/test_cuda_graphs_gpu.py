@@ -1,6 +1,7 @@
 """Real CUDA graphs: what the stand-in of a CPU cannot show."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -100,9 +101,12 @@ def test_streams_take_turns(model):
 def test_a_capture_survives_another_thread_that_allocates(model):
     stop = threading.Event()
 
+    rounds = []
+
     def others():
         while not stop.is_set():
-            torch.randn(256, 256, device=CUDA).sum().item()
+            torch.ones(256, 256, device=CUDA).sum().item()
+            rounds.append(1)
 
     thread = threading.Thread(target=others)
     thread.start()
@@ -115,6 +119,7 @@ def test_a_capture_survives_another_thread_that_allocates(model):
     finally:
         stop.set()
         thread.join()
+        assert rounds
 
 
 def test_what_waits_for_the_device_is_refused_and_the_cache_goes_on(model):
@@ -123,9 +128,12 @@ def test_what_waits_for_the_device_is_refused_and_the_cache_goes_on(model):
     def waits(x):
         return x * x.sum().item()
 
+    before = torch.cuda.current_stream()
     with pytest.raises(RuntimeError, match=r"inputs of \[\(4, 256\)\] gave no CUDA graph"):
         cache.run(waits, [x], [model])
+    assert torch.cuda.current_stream() == before
     torch.cuda.synchronize()
+    assert torch.randn(8, device=CUDA).std() > 0
     with torch.no_grad():
         assert torch.equal(run(cache, model, x), model(x))
 
@@ -146,3 +154,16 @@ def test_inference_mode_first(adapter):
     with torch.inference_mode():
         assert_same(adapter)
     assert_same(adapter)
+
+
+def test_two_caches_in_two_threads_capture_one_after_the_other(model):
+    other = nn.Linear(256, 64).to(CUDA)
+    xs = [torch.randn(rows, 256, device=CUDA) for rows in range(1, 9)]
+
+    def many(module):
+        cache = GraphCache(limit=2)
+        with torch.no_grad():
+            return all(torch.equal(run(cache, module, x), module(x)) for x in xs)
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(many, (model, other))) == [True, True]

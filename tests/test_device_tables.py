@@ -26,6 +26,10 @@ def coords(like=HERE):
     return kept_table(patch_coords, (3, 2), like, "it must run once")
 
 
+def transforms(axes):
+    return rope3d_kernels._transforms((HERE, HERE, axes, 1e4), None, HERE)
+
+
 def test_it_is_made_once():
     assert coords() is coords()
     assert torch.equal(coords(), patch_coords(3, 2))
@@ -55,7 +59,7 @@ def test_one_of_inference_mode_serves_training_too():
 def test_a_default_device_does_not_catch_it():
     with torch.device("meta"):
         assert coords().device == HERE.device
-        pairs = rope3d_kernels._rotations((HERE, HERE, (4, 6, 6), 1e4), HERE)[0].pairs
+        pairs = transforms((4, 6, 6))[0].pairs
     assert pairs.device == HERE.device
 
 
@@ -66,9 +70,12 @@ def test_a_fake_one_is_not_kept():
 
 
 def test_frequencies_are_kept(captured):
-    places = HERE, HERE, (4, 6, 6), 1e4
-    first, second = (rope3d_kernels._rotations(places, HERE)[0].pairs for _ in range(2))
+    first, second = (transforms((4, 6, 6))[0].pairs for _ in range(2))
     assert first is second
     captured()
     with pytest.raises(RuntimeError, match="rope3d_attention must run once with these axes before"):
-        rope3d_kernels._rotations((HERE, HERE, (4, 6, 6), 2e4), HERE)
+        transforms((2, 6, 8))
+
+
+def test_a_parameter_is_as_good_as_a_tensor():
+    assert coords(torch.nn.Parameter(HERE)) is coords()

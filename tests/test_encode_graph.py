@@ -79,6 +79,36 @@ def test_loaded_layers_of_the_encoder_are_seen(adapter, pool):
     assert len(pool.tapes) == 1
 
 
+def squash(adapter):
+    adapter.encoder.squash = True
+
+
+def other_mean(adapter):
+    adapter.encoder.clip_mean = (0.1, 0.2, 0.3)
+
+
+def no_rope(adapter):
+    adapter.qformer.cross_attention_rope = False
+
+
+@pytest.mark.parametrize("change", [squash, other_mean, no_rope])
+def test_settings_that_change_are_seen(adapter, pool, change):
+    assert_same(adapter, (48, 32))
+    change(adapter)
+    assert_same(adapter, (48, 32))
+    assert len(pool.tapes) == 2
+
+
+def test_with_gradient_checkpointing_on_nothing_is_recomputed(adapter, pool):
+    """A checkpoint keeps the random state, which no capture can."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a checkpoint without gradients")
+
+    adapter.enable_gradient_checkpointing(refuse)
+    assert_same(adapter)
+
+
 def move(adapter):
     adapter.double()
 

@@ -254,3 +254,28 @@ def test_the_estimate_of_what_is_kept_is_about_right():
     transformer = make_transformer(**DEEP, **sizes).requires_grad_(False)
     kept, _ = kept_and_recomputed(transformer, "none")
     assert 0.8 < 4 * fast_memory.kept_bytes(transformer, 51, "none") / kept < 1.4
+
+
+def test_all_kernels_together_equal_the_stock_transformer(kernels, tiles):
+    transformer = make_transformer().requires_grad_(False)
+    inputs = make_inputs(3, 2, extra=2)
+    with torch.no_grad():
+        want = dense(transformer, inputs, 3, 2, extra=2)
+        found = run(fast(transformer), inputs)
+    torch.testing.assert_close(found, want, **FLUX_TOLERANCE)
+    inputs = make_inputs(3, 2)
+    mask = TREE.attention_mask(3, 2)[None, None]
+    quick = fast(transformer)
+    by_kernels, by_torch = (
+        gradients(
+            lambda positions, latents, model=model, joint=joint: run(
+                model,
+                inputs | {"encoder_hidden_states": positions, "hidden_states": latents},
+                **joint,
+            ),
+            inputs,
+        )
+        for model, joint in ((quick, {}), (transformer, {"attention_mask": mask}))
+    )
+    for a, b in zip(by_kernels, by_torch, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-5)

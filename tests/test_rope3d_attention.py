@@ -287,7 +287,7 @@ def test_padding_never_leaks(lengths, dtype):
     before = run_attention(op, qkv, d_out)
     for i, length in enumerate(lengths):
         for t in qkv[1:]:
-            t[i, length:] = 99.0
+            t[i, length:] = float("nan")
     after = run_attention(op, qkv, d_out)
     for a, b in zip(before, after, strict=True):
         assert torch.equal(a, b)
@@ -311,6 +311,17 @@ BAD = [
     ({"q_coords": lambda t: t.double()}, "q_coords must be float32, got torch.float64"),
     ({"q_coords": lambda t: t.to("meta")}, "q_coords must be on the device of q, cpu, got meta"),
     ({"q_coords": lambda t: t.requires_grad_()}, "q_coords must not require a gradient"),
+    ({"q_coords": lambda t: t.tolist()}, "q_coords must be a tensor or None, got list"),
+    ({"k_coords": lambda t: t.numpy()}, "k_coords must be a tensor or None, got ndarray"),
+    ({"lengths": lambda _: [3, 4]}, "lengths must be a tensor or None, got list"),
+    ({"axes": lambda _: 16}, "axes must be 3 even sizes with the sum D = 16, got 16"),
+    ({"axes": lambda _: "abc"}, "axes must be 3 even sizes"),
+    ({"axes": lambda _: (4.0, 6.0, 6.0)}, "axes must be 3 even sizes"),
+    ({"axes": lambda _: (False, 8, 8)}, "axes must be 3 even sizes"),
+    ({"theta": lambda _: "10"}, "theta must be a positive finite number of at least 1e-06"),
+    ({"theta": lambda _: float("inf")}, "theta must be a positive finite number"),
+    ({"scale": lambda _: "1"}, "scale must be a positive finite number, got '1'"),
+    ({"scale": lambda _: 3.4e38}, "scale must be a positive finite number"),
     ({"q_coords": lambda t: t / 0}, "q_coords must be finite"),
     ({"k_coords": lambda t: t * float("nan")}, "k_coords must be finite"),
     ({"k_coords": lambda _: None}, "q_coords and k_coords must be given together"),
@@ -318,7 +329,7 @@ BAD = [
     ({"axes": lambda _: (5, 5, 6)}, "axes must be 3 even sizes"),
     ({"axes": lambda _: (8, 8)}, "axes must be 3 even sizes"),
     ({"axes": lambda _: (-4, 10, 10)}, "axes must be 3 even sizes"),
-    ({"theta": lambda _: 0.0}, r"theta must be positive, got 0\.0"),
+    ({"theta": lambda _: 0.0}, r"theta must be a positive finite number of .* got 0\.0"),
     ({"scale": lambda _: -0.1}, r"scale must be a positive finite number, got -0\.1"),
     ({"lengths": lambda _: torch.tensor([3]).int()}, r"lengths must be \[2\] int32"),
     ({"lengths": lambda _: torch.tensor([3, 4])}, "lengths must be .* torch.int64"),

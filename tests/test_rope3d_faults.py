@@ -70,7 +70,7 @@ FAULTS = {
     "delta left out": ("rope3d_attention_backward", "dp - delta[None, :]", "dp"),
     "dq not scaled": ("rope3d_attention_backward", "dq * scale, q_ptr", "dq, q_ptr"),
     "keys of a sample it does not have": (
-        "rope3d_attention_backward", "p = tl.where(in_sample[:, None], p, 0.0)", "p = p",
+        "rope3d_attention_backward", "dk = tl.where(in_sample[:, None], dk, 0.0)", "dk = dk",
     ),
     "rows past the end are stored": (
         "rope3d", "mask = in_range[:, None] & (d < HEAD_DIM)\n    tl.store",
@@ -106,7 +106,7 @@ def noticed() -> bool:
             with forced(**TILES), sanitized() as report:
                 assert_attention(
                     bind(ops.rope3d_attention), bind(reference.rope3d_attention),
-                    qkv, torch.randn(2, 5, 1, 24)[..., 8:], 64.0,
+                    qkv, torch.randn(2, 5, 1, 24)[..., 8:], rounds_operands=True,
                 )  # fmt: skip
             report.assert_clean()
         except AssertionError:

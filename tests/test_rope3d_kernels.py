@@ -65,10 +65,8 @@ def bind(op, coords, **options):
 
 def assert_good(qkv, d_out, coords, **options):
     op, right = ops.rope3d_attention, reference.rope3d_attention
-    # the fastest pair turns by one radian a unit
-    angle = 0.0 if coords[0] is None else max(c.abs().max().item() for c in coords)
     functions = bind(op, coords, **options), bind(right, coords, **options)
-    assert_attention(*functions, qkv, d_out, angle)
+    assert_attention(*functions, qkv, d_out, rounds_operands=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -185,6 +183,36 @@ def test_padding_never_leaks(lengths, dtype, parts, sizes, device):
     for i, length in enumerate(lengths):
         assert after.dk[i, length:].eq(0).all()
         assert after.dv[i, length:].eq(0).all()
+
+
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_lengths_of_any_strides(layout, parts, sizes, device):
+    qkv, d_out, coords = draw(device)
+    counts = torch.tensor([[17, 35], [35, 1]], dtype=torch.int32, device=device)
+    counts = counts[:, 0] if layout == "strided" else counts[0, :1].expand(2)
+    if torch.cuda.is_available():
+        assert_good(qkv, d_out, coords, lengths=counts)
+        return
+    with sanitized() as report:
+        assert_good(qkv, d_out, coords, lengths=counts)
+    report.assert_clean()
+
+
+def test_a_gradient_of_inf_leaves_padding_alone(parts, sizes, device):
+    qkv, d_out, coords = draw(device)
+    counts = torch.tensor((20, 35), dtype=torch.int32, device=device)
+    d_out[0, 0] = float("inf")
+    found = run_attention(bind(ops.rope3d_attention, coords, lengths=counts), qkv, d_out)
+    assert found.dk[0, 20:].eq(0).all()
+    assert found.dv[0, 20:].eq(0).all()
+
+
+def test_turned_back_before_it_is_plain_attention(parts, sizes, device):
+    """Rotated by -p, then by p in the kernels."""
+    (q, k, v), _, coords = draw(device)
+    back = [reference.rope3d(t, -c, AXES[16]) for t, c in zip((q, k), coords, strict=True)]
+    out = ops.rope3d_attention(*back, v, *coords)
+    torch.testing.assert_close(out, ops.rope3d_attention(q, k, v, None, None), rtol=0, atol=2e-5)
 
 
 def test_a_sample_alone_equals_itself_in_a_batch(parts, sizes, device):

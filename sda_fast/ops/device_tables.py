@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 _captured: dict[int, Tensor] = {}  # what CUDA graphs read must never be freed
 
@@ -32,7 +33,7 @@ def kept_table(make: Callable[..., Tensor], args: tuple, like: Tensor, wanted: s
         RuntimeError: a CUDA graph is being captured and the table is not there yet.
     """
     # a compiler makes a constant of it; what stands in for a tensor must not be kept
-    if torch.compiler.is_compiling() or type(like) is not Tensor:
+    if torch.compiler.is_compiling() or type(like) not in (Tensor, Parameter):
         return make(*args).to(like.device)
     table = _table(make, args, like.device, wanted)
     keep(table)

@@ -28,6 +28,9 @@ FEW_TILES, LONG_ROW = 72, 3072
 no way to scale it by rows (M = 127 and 256, K = 9216, N = 3072; it did for M = 257 and for
 K = 3072: github.com/pytorch/ao/issues/4582)."""
 
+Quantised = tuple[Tensor, Tensor]
+"""Rows [M, K] in e4m3 and their scales [M] in float32."""
+
 
 @dataclass(frozen=True, eq=False)
 class Fp8Weight:
@@ -73,10 +76,12 @@ class Fp8Weight:
             raise TypeError(f"Fp8Weight: weight must be a tensor, got {type(weight).__name__}")
         refuse("Fp8Weight", _weight_faults(weight))
         if weight.device.type not in ("cpu", "cuda"):
-            raise NotImplementedError(f"Fp8Weight runs on CPU and CUDA tensors, got {weight.device}")
+            raise NotImplementedError(
+                f"Fp8Weight runs on CPU and CUDA tensors, got {weight.device}"
+            )
         # what is made here outlives any mode
         with torch.no_grad(), torch.inference_mode(False):
-            return cls(*quantise_rows(weight.detach().contiguous()))
+            return cls(*_quantise(weight.detach().contiguous()))
 
     @property
     def nbytes(self) -> int:
@@ -91,13 +96,13 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tens
     x is quantised at each call, token by token, w was once. Differentiable once in x, straight
     through its rounding and with the rounded weight: ``dx = dy @ w``, where dy times the scales of
     w is quantised in turn. Nothing of x is kept for that. Relative to its magnitude an element is
-    rounded by 1/17 at most and, with 3 mantissa bits, by 2.4 % RMS; elements below 2 ** -6 / 448 of
+    rounded by 1/17 at most and, with 3 mantissa bits, by 2.5 % RMS; elements below 2 ** -6 / 448 of
     the largest of their row lose more. A row of x that is not finite comes out NaN.
 
     CUDA tensors run one Triton kernel that quantises and ``torch._scaled_mm``, with the bias in its
     epilogue; its sums are those of Hopper's fast accumulation forward, and float32's backward. CPU
-    tensors quantise likewise, by torch or, where Triton's interpreter is on, by the kernel; their
-    sums are exact. Under autocast x is cast as torch's own linear does.
+    tensors quantise likewise, by torch or, where Triton's interpreter is on and rounds to nearest,
+    by the kernel; their sums are exact. Under autocast x is cast as torch's own linear does.
 
     Args:
         x: [..., K] bf16 or fp16, on the CPU fp32 too; last stride 1, the others free.
@@ -133,8 +138,7 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tens
 
 @torch.library.custom_op("sda_fast::fp8_linear", mutates_args=())
 def _forward(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    rows, row_scale = _quantise(x)
-    y = _multiply((rows, row_scale), (values, scale), bias, x.dtype, fast=True)
+    y = _multiply(_quantise(x), (values, scale), bias, x.dtype, fast=True)
     return y.view(*x.shape[:-1], len(values))
 
 
@@ -146,10 +150,9 @@ def _(x: Tensor, values: Tensor, _scale: Tensor, _bias: Tensor | None) -> Tensor
 @torch.library.custom_op("sda_fast::fp8_linear_backward", mutates_args=())
 def _backward(d_y: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     d_y = d_y if d_y.stride(-1) == 1 else d_y.contiguous()
+    turned = _turn(values)  # first: where it may not be made, nothing is launched
     # the sum runs over the rows of the weight: their scales go with what they are summed with
-    rows, row_scale = _quantise(d_y, scale)
-    turned = _turn(values)
-    dx = _multiply((rows, row_scale), turned, None, d_y.dtype, fast=False)
+    dx = _multiply(_quantise(d_y, scale), turned, None, d_y.dtype, fast=False)
     return dx.view(*d_y.shape[:-1], values.shape[1])
 
 
@@ -170,7 +173,7 @@ def _gradients(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def _quantise(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _quantise(x: Tensor, factor: Tensor | None = None) -> Quantised:
     """x [..., K], times factor [K] -> values [M, K] e4m3 and scale [M] f32."""
     x = x.reshape(-1, x.shape[-2] if x.ndim > 1 else 1, x.shape[-1])
     if _takes_kernels(x):
@@ -183,42 +186,47 @@ def _quantise(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def _multiply(
-    rows: tuple[Tensor, Tensor],
-    weight: tuple[Tensor, Tensor],
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    *,
-    fast: bool,
+    rows: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype, *, fast: bool
 ) -> Tensor:
-    """[M, N] of quantised rows [M, K] and weight [N, K], each with its scale."""
+    """[M, N] of quantised rows [M, K] and weight [N, K]."""
+    if rows[0].device.type == "cpu":
+        return _multiply_exactly(rows, weight, bias, dtype)
+    with on_device_of(rows[0]):
+        return _multiply_on_gpu(rows, weight, bias, dtype, fast=fast)
+
+
+def _multiply_exactly(
+    rows: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     (a, a_scale), (b, b_scale) = rows, weight
-    if a.device.type == "cpu":
-        # multiples of 2 ** -18 below 2 ** 18 * K: float64 adds them exactly, in any order
-        y = a.double() @ b.double().t()
-        y = y * a_scale.double()[:, None] * b_scale.double()
-        return (y if bias is None else y + bias.double()).to(dtype)
-    if bias is not None and bias.data_ptr() % 16:
-        bias = bias.clone()  # a slice of another: the epilogue loads 16 bytes
-    if _is_scaled_apart(len(a), len(b), a.shape[1]):
+    # multiples of 2 ** -18 below 2 ** 18 * K: float64 adds them without an error, in any order
+    y = a.double() @ b.double().t()
+    y = y * a_scale.double()[:, None] * b_scale.double()
+    return (y if bias is None else y + bias.double()).to(dtype)
+
+
+def _multiply_on_gpu(
+    rows: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype, *, fast: bool
+) -> Tensor:
+    (a, a_scale), (b, b_scale) = rows, weight
+    tiles = -(-len(a) // 128) * -(-len(b) // 128)
+    if tiles < FEW_TILES and a.shape[1] > LONG_ROW:
         one = torch.ones((), device=a.device)
         y = torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
         y = y.mul_(a_scale[:, None])
         return (y * b_scale if bias is None else torch.addcmul(bias.float(), y, b_scale)).to(dtype)
+    if bias is not None and bias.data_ptr() % 16:
+        bias = bias.clone()  # a slice of another: the epilogue loads 16 bytes
     return torch._scaled_mm(
         a, b.t(), scale_a=a_scale[:, None], scale_b=b_scale[None], bias=bias, out_dtype=dtype,
         use_fast_accum=fast,
     )  # fmt: skip
 
 
-def _is_scaled_apart(num_rows: int, num_columns: int, depth: int) -> bool:
-    tiles = -(-num_rows // 128) * -(-num_columns // 128)
-    return tiles < FEW_TILES and depth > LONG_ROW
-
-
 _turned: WeakIdKeyDictionary = WeakIdKeyDictionary()  # values -> (their version, turned, its scale)
 
 
-def _turn(values: Tensor) -> tuple[Tensor, Tensor]:
+def _turn(values: Tensor) -> Quantised:
     """The transpose [K, N] of a weight's values, contiguous, and a scale [K] of ones; made once."""
     held = _turned.get(values)
     if held is None or held[0] != values._version:
@@ -242,8 +250,12 @@ def _takes_kernels(x: Tensor) -> bool:
         ValueError: the kernel is the only way and cannot run.
     """
     faults = kernel_faults(x, range(1, 1 << 31), "K", DTYPES)
-    if x.device.type == "cpu" and faults:
-        return False
+    if x.device.type == "cpu":
+        if faults:
+            return False
+        from csrc_triton.quantise import rounds_to_nearest
+
+        return rounds_to_nearest()
     refuse(NAME, [f"x{fault.removeprefix('q')}" for fault in faults])
     return True
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-LARGEST = torch.finfo(torch.float32).max
+LARGEST = torch.finfo(torch.float32).max / 2  # kernels multiply a scale by log2(e)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -131,9 +132,9 @@ def _interprets_bfloat16() -> bool:
 
 def scale_faults(scale: float | None) -> list[str]:
     """Why the kernels, which take the maximum before they scale, cannot take a scale."""
-    if scale is None or 0 < scale <= LARGEST:
+    if scale is None or (isinstance(scale, Real) and 0 < scale <= LARGEST):
         return []
-    return [f"scale must be a positive finite number, got {scale}"]
+    return [f"scale must be a positive finite number, got {scale!r}"]
 
 
 _held: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (its version, what held)

@@ -123,9 +123,9 @@ def _backward(
                 _along_rows(d_normed), x, stats, scale, (False, learns[0], learns[1])
             )
     else:
-        ds, *sums = _norm_back_on_cpu(d_normed, x, stats, scale)
+        ds, *sums = _norm_back_on_cpu(d_normed, x, stats, scale, learns)
         tokens = [ds.to(x.dtype)]
-    return [*tokens, *_learned(sums, (shift, scale), learns)]
+    return [*tokens, *_learned(sums, (shift, scale))]
 
 
 @_backward.register_fake
@@ -150,11 +150,11 @@ def _gated_backward(
                 (_along_rows(d_s), gate, y),
             )  # fmt: skip
     else:
-        ds, *sums = _norm_back_on_cpu(d_normed, s, stats, scale)
+        ds, *sums = _norm_back_on_cpu(d_normed, s, stats, scale, learns[1:])
         ds = ds + d_s
-        sums = [None if y is None else (ds * y).sum(1), *sums]
+        sums = [(ds * y).sum(1) if learns[0] and y is not None else None, *sums]
         tokens = [t.to(s.dtype) for t in (ds, ds * gate.to(ds.dtype)[:, None])]
-    return [*tokens, *_learned(sums, (gate, shift, scale), learns)]
+    return [*tokens, *_learned(sums, (gate, shift, scale))]
 
 
 @_gated_backward.register_fake
@@ -175,7 +175,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 def _gradients(ctx: Any, d_normed: Tensor, _d_stats: Tensor) -> tuple[Tensor | None, ...]:
     learns = list(ctx.needs_input_grad[1:3])
     dx, *sums = _backward(d_normed, *ctx.saved_tensors, learns)
-    return dx, *_in_place(sums, learns), None
+    return dx, *_placed(sums, learns), None
 
 
 def _gated_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -192,7 +192,7 @@ def _gated_gradients(
 ) -> tuple[Tensor | None, ...]:
     learns = list(ctx.needs_input_grad[2:5])
     dx, dy, *sums = _gated_backward(d_s, d_normed, *ctx.saved_tensors, learns)
-    return dx, dy, *_in_place(sums, learns), None
+    return dx, dy, *_placed(sums, learns), None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
@@ -208,31 +208,30 @@ def _norm_on_cpu(s: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[T
 
 
 def _norm_back_on_cpu(
-    d_normed: Tensor, s: Tensor, stats: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of s, not rounded yet and contiguous, and those of shift and of scale."""
+    d_normed: Tensor, s: Tensor, stats: Tensor, scale: Tensor, learns: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of s, not rounded yet and contiguous, and of shift and scale, if those learn."""
     mean, rstd = stats.split(1, -1)
     d_normed = d_normed.to(stats.dtype).contiguous()
     unit = (s - mean) * rstd
     d_unit = d_normed * (1 + scale.to(stats.dtype)[:, None])
     turned = (d_unit * unit).mean(-1, keepdim=True)
     ds = (d_unit - d_unit.mean(-1, keepdim=True) - unit * turned) * rstd
-    return ds, d_normed.sum(1), (d_normed * unit).sum(1)
+    d_shift = d_normed.sum(1) if learns[0] else None
+    return ds, d_shift, (d_normed * unit).sum(1) if learns[1] else None
 
 
-def _learned(
-    sums: Sequence[Tensor | None], rows: Sequence[Tensor], learns: Sequence[bool]
-) -> list[Tensor]:
+def _learned(sums: Sequence[Tensor | None], rows: Sequence[Tensor]) -> list[Tensor]:
     """The sums of those rows that learn, in the dtypes of the rows."""
-    of_rows = zip(sums, rows, learns, strict=True)
-    return [total.to(row.dtype) for total, row, one in of_rows if one and total is not None]
+    of_rows = zip(sums, rows, strict=True)
+    return [total.to(row.dtype) for total, row in of_rows if total is not None]
 
 
 def _fake_learned(rows: Sequence[Tensor], learns: Sequence[bool]) -> list[Tensor]:
     return [row.new_empty(row.shape) for row, one in zip(rows, learns, strict=True) if one]
 
 
-def _in_place(sums: Sequence[Tensor], learns: Sequence[bool]) -> list[Tensor | None]:
+def _placed(sums: Sequence[Tensor], learns: Sequence[bool]) -> list[Tensor | None]:
     """The sums where autograd wants them, None for rows that do not learn."""
     left = iter(sums)
     return [next(left) if one else None for one in learns]

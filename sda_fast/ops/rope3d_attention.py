@@ -1,6 +1,7 @@
 """The operator: checks, schema, shape rule, gradient, dispatch. Importing it needs torch only."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal, overload
 
 import torch
@@ -27,6 +28,7 @@ from sda_fast.reference.rope3d_attention import (
 )
 
 NAME = "rope3d_attention"
+SMALLEST_THETA, LARGEST_THETA = 1e-6, 1e30  # beyond, frequencies leave float32
 
 
 @overload
@@ -96,7 +98,7 @@ def rope3d_attention(
         scale: multiplies the logits before the softmax, positive. None means D ** -0.5.
         axes: even sizes of level, y and x in the head dim, their sum D. None means the ratio
             2:3:3, which is (16, 24, 24) for D = 64.
-        theta: base of the frequencies, positive.
+        theta: base of the frequencies, 1e-6 to 1e30.
         norms: weights, [D] float each, of RMSNorms over the heads of q and of k, before the
             rotation: ``x / sqrt(mean(x ** 2) + 1e-6) * weight``. None means no norm.
         lengths: [B] int32 on q's device, 0 to S: the keys of each sample come first, the rest is
@@ -142,6 +144,7 @@ def _forward(
         with on_device_of(q):
             places, norms = _places(q_coords, k_coords, axes, theta), _norms(q_norm, k_norm)
             return rope3d_kernels.forward((q, k, v), places, norms, lengths, scale)
+    k, v = _without_padding(k, v, lengths)
     q_ready = _turn(_normed(q, q_norm), q_coords, axes, theta)
     k_ready = _turn(_normed(k, k_norm), k_coords, axes, theta)
     bias = _padding_bias(q, k, lengths)
@@ -170,6 +173,7 @@ def _backward(
             places, norms = _places(q_coords, k_coords, axes, theta), _norms(q_norm, k_norm)
             rest = places, norms, lengths, scale
             return rope3d_kernels.backward(d_out, (q, k, v), (out, lse), *rest)
+    k, v = _without_padding(k, v, lengths)
     q_ready = _turn(_normed(q, q_norm), q_coords, axes, theta)
     k_ready = _turn(_normed(k, k_norm), k_coords, axes, theta)
     bias = _padding_bias(q, k, lengths)
@@ -242,6 +246,14 @@ def _norms(q_norm: Tensor | None, k_norm: Tensor | None) -> rope3d_kernels.Norms
     return None if q_norm is None or k_norm is None else (q_norm, k_norm)
 
 
+def _without_padding(k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """k and v with zeros for padding, whatever is there: a NaN times 0 would be one."""
+    if lengths is None:
+        return k, v
+    padding = (torch.arange(k.shape[1], device=k.device) >= lengths[:, None])[..., None, None]
+    return k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
+
+
 def _padding_bias(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor | None:
     """[B, 1, N, S] of 0 and -inf; 0 for a sample without keys, which no softmax can serve."""
     if lengths is None:
@@ -283,6 +295,9 @@ def _coords_faults(
     for name, coords, t in (("q_coords", q_coords, q), ("k_coords", k_coords, k)):
         if coords is None:
             continue
+        if not isinstance(coords, Tensor):
+            faults.append(f"{name} must be a tensor or None, got {type(coords).__name__}")
+            continue
         batch, length = t.shape[:2]
         if coords.shape != (length, 3) and coords.shape != (batch, length, 3):
             faults.append(
@@ -301,13 +316,25 @@ def _coords_faults(
 def _axes_faults(
     head_dim: int, axes: tuple[int, int, int] | None, theta: float, rotated: bool
 ) -> list[str]:
-    faults = [] if theta > 0 else [f"theta must be positive, got {theta}"]
+    faults = []
+    if not (isinstance(theta, Real) and SMALLEST_THETA <= theta <= LARGEST_THETA):
+        faults.append(
+            f"theta must be a positive finite number of at least {SMALLEST_THETA:g} and at most "
+            f"{LARGEST_THETA:g}, got {theta!r}"
+        )
     if axes is None:
         if rotated and head_dim % 16:
             faults.append(f"axes must be given for D = {head_dim}, not a multiple of 16")
-    elif len(axes) != 3 or any(size < 0 or size % 2 for size in axes) or sum(axes) != head_dim:
+    elif not _are_axes(axes, head_dim):
         faults.append(f"axes must be 3 even sizes with the sum D = {head_dim}, got {axes}")
     return faults
+
+
+def _are_axes(axes: Any, head_dim: int) -> bool:
+    if not isinstance(axes, tuple | list) or len(axes) != 3:
+        return False
+    whole = all(isinstance(size, int) and not isinstance(size, bool) for size in axes)
+    return whole and all(size >= 0 and size % 2 == 0 for size in axes) and sum(axes) == head_dim
 
 
 def _norms_faults(q: Tensor, norms: tuple[Tensor, Tensor] | None) -> list[str]:
@@ -333,6 +360,8 @@ def _norms_faults(q: Tensor, norms: tuple[Tensor, Tensor] | None) -> list[str]:
 def _lengths_faults(q: Tensor, lengths: Tensor | None) -> list[str]:
     if lengths is None:
         return []
+    if not isinstance(lengths, Tensor):
+        return [f"lengths must be a tensor or None, got {type(lengths).__name__}"]
     faults = []
     if lengths.shape != q.shape[:1] or lengths.dtype != torch.int32:
         faults.append(

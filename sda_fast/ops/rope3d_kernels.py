@@ -30,6 +30,7 @@ def forward(
     from csrc_triton.rope3d_attention import launch_rope3d_attention
 
     q, k, v = qkv
+    lengths = None if lengths is None else lengths.contiguous()
     tile = choose_tile("rope3d_forward", "", _problem(q, k))
     parts = _parts(q, k, tile.block_m, tile.block_n)
     transforms = _transforms(places, norms, q)
@@ -63,6 +64,7 @@ def backward(
     q, k, _ = qkv
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
+    lengths = None if lengths is None else lengths.contiguous()
     transforms = _transforms(places, norms, q)
     tile, to_keys = (choose_tile(name, "", _problem(q, k)) for name in ROPE3D_KERNELS[1:])
     parts = _parts(q, k, tile.block_m, tile.block_n)

@@ -92,13 +92,16 @@ def rope3d_attention(
     """
     if (q_coords is None) != (k_coords is None):
         raise ValueError(f"rope3d_attention: {UNPAIRED}")
+    mask = None
+    if lengths is not None:
+        seen = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
+        mask = seen[:, None, None]
+        # whatever padding holds: a NaN times 0 would be one
+        k, v = (t.where(seen[..., None, None], 0.0) for t in (k, v))
     if norms is not None:
         q, k = head_norm(q, norms[0]), head_norm(k, norms[1])
     if q_coords is not None and k_coords is not None:
         axes = default_axes(q.shape[-1]) if axes is None else axes
         q, k = rope3d(q, q_coords, axes, theta), rope3d(k, k_coords, axes, theta)
-    mask = None
-    if lengths is not None:
-        mask = (torch.arange(k.shape[1], device=k.device) < lengths[:, None])[:, None, None]
     out, lse = dense_attention(q, k, v, mask, scale)
     return (out, lse) if return_lse else out
