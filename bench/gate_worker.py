@@ -150,6 +150,7 @@ def _rope3d_attention() -> Iterator[tuple[str, Launch, bool]]:
         (torch.bfloat16, 64, ()),
         *((torch.bfloat16, head_dim, both) for head_dim in (32, 80, 128)),
         *((dtype, 64, both) for dtype in DTYPES[1:]),
+        *((torch.float32, head_dim, both) for head_dim in (80, 128)),
     ):
         for kernel in ROPE3D_KERNELS:
             yield _rope3d_launch(kernel, dtype, head_dim, transform)

@@ -28,14 +28,26 @@ class DoubleBlock:
 
     Args:
         block: of the transformer, whose weights are used as they are at each call.
+        fp8: multiply in fp8.
+
+    Attributes:
+        products: all of its linears.
     """
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, fp8: bool = False) -> None:
         self.block = block
         attn = block.attn
-        self.img_qkv = PackedLinear(lambda: _projections(attn, "to_qkv", "to_q", "to_k", "to_v"))
         added = "add_q_proj", "add_k_proj", "add_v_proj"
-        self.txt_qkv = PackedLinear(lambda: _projections(attn, "to_added_qkv", *added))
+        self.img_qkv = PackedLinear(
+            lambda: _projections(attn, "to_qkv", "to_q", "to_k", "to_v"), fp8
+        )
+        self.txt_qkv = PackedLinear(lambda: _projections(attn, "to_added_qkv", *added), fp8)
+        self.img_out = PackedLinear(lambda: [attn.to_out[0]], fp8)
+        self.txt_out = PackedLinear(lambda: [attn.to_add_out], fp8)
+        self.img_ff = FeedForward(lambda: block.ff, fp8)
+        self.txt_ff = FeedForward(lambda: block.ff_context, fp8)
+        self.products = [self.img_qkv, self.txt_qkv, self.img_out, self.txt_out]
+        self.products += [*self.img_ff.products, *self.txt_ff.products]
 
     def __call__(
         self,
@@ -56,7 +68,7 @@ class DoubleBlock:
             rotary: of all tokens, text first.
             attend: the joint attention.
         """
-        attn, block = self.block.attn, self.block
+        attn = self.block.attn
         streams = self.txt_qkv(txt[1]), self.img_qkv(img[1])
         weights = (
             (attn.norm_added_q.weight, attn.norm_added_k.weight),
@@ -65,10 +77,10 @@ class DoubleBlock:
         q, k, v = norm_rope(streams, weights, rotary, attn.heads)
         out = attend(q, k, v).flatten(2)
         num_txt = txt[0].shape[1]
-        img_out, txt_out = attn.to_out[0](out[:, num_txt:]), attn.to_add_out(out[:, :num_txt])
+        img_out, txt_out = self.img_out(out[:, num_txt:]), self.txt_out(out[:, :num_txt])
         return (
-            _feed_forward(img[0], img_out, block.ff, modulation[0], after[0]),
-            _feed_forward(txt[0], txt_out, block.ff_context, modulation[1], after[1]),
+            self.img_ff(img[0], img_out, modulation[0], after[0]),
+            self.txt_ff(txt[0], txt_out, modulation[1], after[1]),
         )
 
 
@@ -77,14 +89,21 @@ class SingleBlock:
 
     Args:
         block: of the transformer, whose weights are used as they are at each call.
+        fp8: multiply in fp8.
+
+    Attributes:
+        products: all of its linears.
     """
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, fp8: bool = False) -> None:
         self.block = block
+        self.fp8 = fp8
         attn = block.attn
         self.qkv_mlp = PackedLinear(
-            lambda: [*_projections(attn, "to_qkv", "to_q", "to_k", "to_v"), block.proj_mlp]
+            lambda: [*_projections(attn, "to_qkv", "to_q", "to_k", "to_v"), block.proj_mlp], fp8
         )
+        self.out = PackedLinear(lambda: [block.proj_out], fp8)
+        self.products = [self.qkv_mlp, self.out]
 
     def __call__(
         self, x: Stream, gate: Tensor, after: Norm, rotary: Rotary, attend: Attend
@@ -113,14 +132,14 @@ class SingleBlock:
             both = projected.new_empty(*projected.shape[:2], width + mlp.shape[-1])
             attend(q, k, v, out=both[..., :width].unflatten(-1, (attn.heads, -1)))
             torch.ops.aten.gelu.out(mlp, approximate="tanh", out=both[..., width:])
-            y = self.block.proj_out(both)
+            y = self.out(both)
         return gated_ada_norm(x[0], y, gate, *after)
 
     def _out(self, attended: Tensor, mlp: Tensor) -> Tensor:
         """``proj_out`` of both; under autograd their concatenation would be one more copy."""
         linear, width = self.block.proj_out, attended.shape[-1]
-        if not is_plain(linear):
-            return linear(torch.cat([attended, mlp], -1))
+        if self.fp8 or not is_plain(linear):
+            return self.out(torch.cat([attended, mlp], -1))
         of_mlp = F.linear(mlp, linear.weight[:, width:], linear.bias)
         rows = torch.addmm(
             of_mlp.flatten(0, 1), attended.flatten(0, 1), linear.weight[:, :width].t()
@@ -128,14 +147,39 @@ class SingleBlock:
         return rows.view_as(of_mlp)
 
 
-def _feed_forward(
-    residual: Tensor, attended: Tensor, ff: Any, modulation: list[Tensor], after: Norm
-) -> Stream:
-    """The attention's gated residual, the MLP and its gated residual."""
-    _, _, gate, shift, scale, gate_mlp = modulation
-    residual, normed = gated_ada_norm(residual, attended, gate, shift, scale)
-    hidden = F.gelu(ff.net[0].proj(normed), approximate="tanh")
-    return gated_ada_norm(residual, ff.net[2](hidden), gate_mlp, *after)
+class FeedForward:
+    """The attention's gated residual, the MLP and its gated residual, of one stream.
+
+    Args:
+        find: gives diffusers' FeedForward.
+        fp8: multiply in fp8.
+
+    Attributes:
+        products: its linears.
+    """
+
+    def __init__(self, find: Callable[[], Any], fp8: bool) -> None:
+        self.products = [
+            PackedLinear(lambda: [find().net[0].proj], fp8),
+            PackedLinear(lambda: [find().net[2]], fp8),
+        ]
+
+    def __call__(
+        self, residual: Tensor, attended: Tensor, modulation: list[Tensor], after: Norm
+    ) -> Stream:
+        """The stream, normed for what comes after.
+
+        Args:
+            residual: [B, S, C].
+            attended: what the attention gave, [B, S, C].
+            modulation: shift, scale and gate of both norms of the stream.
+            after: shift and scale of the norm that follows.
+        """
+        _, _, gate, shift, scale, gate_mlp = modulation
+        residual, normed = gated_ada_norm(residual, attended, gate, shift, scale)
+        into, out = self.products
+        hidden = F.gelu(into(normed), approximate="tanh")
+        return gated_ada_norm(residual, out(hidden), gate_mlp, *after)
 
 
 def _projections(attn: Any, fused: str, *names: str) -> list[Any]:

@@ -20,6 +20,7 @@ from sda_fast.flux_layout import Layout, LayoutMemory
 from sda_fast.flux_modulation import Modulation, modulation_linears, modulation_rows
 from sda_fast.hierarchy import RULES, Hierarchy
 from sda_fast.ops import ada_norm
+from sda_fast.packed_linear import PackedLinear
 
 
 class FastFlux(nn.Module):
@@ -37,6 +38,10 @@ class FastFlux(nn.Module):
             further text tokens behave as its root.
         rule: "overlap", "local" or "isolated".
         isolate_level: for "isolated", the level whose nodes are kept apart; None is the deepest.
+        precision: None multiplies in the dtype of the weights. "fp8" quantises the linears of the
+            blocks once, to e4m3 with a scale for each row, and their inputs at each call: lossy,
+            for gradients too; the weights stay beside the quantised ones. LoRA layers and trained
+            weights are not quantised. See ``pack``.
         graph: run as a CUDA graph, one for each layout and batch, captured at its first call; the
             last 8 are kept. Weights and LoRA scales that change are seen. Without gradients only.
 
@@ -53,6 +58,7 @@ class FastFlux(nn.Module):
         rule: str = "overlap",
         *,
         isolate_level: int | None = None,
+        precision: str | None = None,
         graph: bool = False,
     ) -> None:
         super().__init__()
@@ -61,11 +67,14 @@ class FastFlux(nn.Module):
             raise TypeError(f"tree must be a Hierarchy, got {type(tree).__name__}")
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        if precision not in (None, "fp8"):
+            raise ValueError(f"precision must be None or 'fp8', got {precision!r}")
         self.transformer: Any = transformer
-        self.tree, self.rule, self.graph = tree, rule, graph
+        self.tree, self.rule, self.graph, self.precision = tree, rule, graph, precision
         self.isolate_level = tree.check_isolate_level(isolate_level)
-        self._double = [DoubleBlock(block) for block in self.transformer.transformer_blocks]
-        self._single = [SingleBlock(block) for block in self.transformer.single_transformer_blocks]
+        model, fp8 = self.transformer, precision == "fp8"
+        self._double = [DoubleBlock(block, fp8) for block in model.transformer_blocks]
+        self._single = [SingleBlock(block, fp8) for block in model.single_transformer_blocks]
         self._layouts = LayoutMemory(self.transformer.pos_embed)
         self._graphs = GraphCache()
         self.pack()
@@ -80,17 +89,27 @@ class FastFlux(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> "FastFlux":
         # blocks and graphs are of this transformer: those of the copy are made anew
-        options = {"isolate_level": self.isolate_level, "graph": self.graph}
-        return FastFlux(copy.deepcopy(self.transformer, memo), self.tree, self.rule, **options)
+        return FastFlux(
+            copy.deepcopy(self.transformer, memo),
+            self.tree,
+            self.rule,
+            isolate_level=self.isolate_level,
+            precision=self.precision,
+            graph=self.graph,
+        )
 
     def pack(self) -> None:
-        """Put weights that are used together side by side; a call does it where it is due."""
+        """Put weights that are used together side by side, or quantise them anew.
+
+        Calls do it where they see that it is due. What they cannot see is a write through ``.data``
+        under "fp8": call this after ``fuse_lora`` and ``unfuse_lora`` there.
+        """
         with torch.no_grad():
-            for double in self._double:
-                double.img_qkv.pack()
-                double.txt_qkv.pack()
-            for single in self._single:
-                single.qkv_mlp.pack()
+            for product in self._products():
+                product.pack(anew=True)
+
+    def _products(self) -> list[PackedLinear]:
+        return [product for block in (*self._double, *self._single) for product in block.products]
 
     # the signature of the transformer that this stands in for
     @apply_lora_scale("joint_attention_kwargs")
@@ -261,7 +280,11 @@ class FastFlux(nn.Module):
                 "graph=True gives no gradients, but an input requires one: use velocity(), or "
                 "torch.no_grad()"
             )
-        return self._graphs.run(function, inputs, self._read(), layout.key)
+        if self.precision is not None:
+            for product in self._products():
+                product.pack()
+        quantised = sum(product.generation for product in self._products())
+        return self._graphs.run(function, inputs, self._read(), (layout.key, quantised))
 
     def _read(self) -> list[nn.Module]:
         """The modules whose weights ``_from_rows`` reads: all but those of the modulation."""

@@ -131,11 +131,10 @@ def test_a_pipeline_given_later_is_used(pipe):
 def test_threads_take_turns(pipe):
     pipe.compile()
     sizes = [(32, 32), (48, 32), (32, 48), (32, 32)]
-    want = [
-        pipe.decode(make_embedding(), *size, 3, seed=i, output="pt") for i, size in enumerate(sizes)
-    ]
+    emb = make_embedding()
+    paint = lambda i: pipe.decode(emb, *sizes[i], 3, seed=i, output="pt")
+    want = list(map(paint, range(4)))
     with ThreadPoolExecutor(4) as threads:
-        paint = lambda i: pipe.decode(make_embedding(), *sizes[i], 3, seed=i, output="pt")
         found = list(threads.map(paint, range(4)))
     for a, b in zip(found, want, strict=True):
         assert torch.equal(a, b)
