@@ -222,3 +222,27 @@ def test_a_graph_under_autograd_is_refused(graphed):
     inputs["encoder_hidden_states"].requires_grad_()
     with torch.enable_grad(), pytest.raises(ValueError, match="graph=True gives no gradients"):
         run(graphed, inputs)
+
+
+def test_modulation_weights_that_are_put_away_are_fetched(quick, monkeypatch):
+    want = run(quick, make_inputs())
+    linear = quick.transformer.norm_out.linear
+    quick.offload_modulation()
+    assert torch.equal(run(quick, make_inputs()), want)
+    fetched = []
+    call = torch.func.functional_call
+
+    def spy(module, weights, args):
+        fetched.append(module)
+        return call(module, weights, args)
+
+    # as on a GPU: away is on another device
+    monkeypatch.setattr(torch.func, "functional_call", spy)
+    weight = linear.weight.data
+    linear.weight = torch.nn.Parameter(torch.empty(weight.shape, device="meta"))
+    monkeypatch.setattr(
+        torch.nn.Parameter, "to",
+        lambda self, *args: weight if self.device.type == "meta" else self.data, raising=False,
+    )  # fmt: skip
+    assert torch.equal(run(quick, make_inputs()), want)
+    assert fetched == [linear]
