@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: is the code right at real sizes, then the suites, all within one limit.
+# On a machine with a GPU: is what the suites time right at real sizes, then the suites, all within
+# one limit.
 #
 #   bench/h100.sh SUITE...              e.g. bench/h100.sh attention "attention --cases flux-768-*"
 #
@@ -40,11 +41,31 @@ run() {
   fi
 }
 
-run gpu-tests $((limit * 2 / 5)) "$python" -m pytest tests -m gpu -q -p no:cacheprovider \
-  --continue-on-collection-errors
-# these run anywhere, and here with the tiles of the table, compiled
-run kernel-tests $((limit / 5)) "$python" -m pytest tests/test_joint_kernels.py \
-  tests/test_joint_properties.py tests/test_rope3d_kernels.py tests/test_qformer_kernels.py -q -p no:cacheprovider ${WORKERS:+-n "$WORKERS"}
+# what a suite times is tested before it; the first files run anywhere, here with the table's tiles
+joint="test_joint_kernels test_joint_properties"
+joint_gpu="test_joint_gpu test_bench_measure"
+rope3d="test_rope3d_kernels test_qformer_kernels"
+rope3d_gpu="test_rope3d_gpu test_cuda_graphs_gpu"
+flux="test_joint_kernels test_norm_rope_kernels test_modulation_kernels"
+flux_gpu="test_norm_rope_gpu test_modulation_gpu test_fp8_linear_gpu test_fast_flux_gpu"
+anywhere= on_gpu=
+for suite in "$@"; do
+  case ${suite%% *} in
+    attention) anywhere+=" $joint" on_gpu+=" $joint_gpu" ;;
+    qformer | encode) anywhere+=" $rope3d" on_gpu+=" $rope3d_gpu" ;;
+    flux | flux-train) anywhere+=" $flux" on_gpu+=" $flux_gpu" ;;
+    tune) anywhere+=" $joint $rope3d" on_gpu+=" $joint_gpu $rope3d_gpu" ;;
+  esac
+done
+# files NAME...: each once, as paths
+files() { printf '%s\n' "$@" | awk '!seen[$0]++ {print "tests/" $0 ".py"}'; }
+if [ -n "$on_gpu" ]; then
+  mapfile -t names < <(files $on_gpu)
+  run gpu-tests $((limit * 2 / 5)) "$python" -m pytest "${names[@]}" -m gpu -q -p no:cacheprovider
+  mapfile -t names < <(files $anywhere)
+  run kernel-tests $((limit / 5)) "$python" -m pytest "${names[@]}" -q -p no:cacheprovider \
+    ${WORKERS:+-n "$WORKERS"}
+fi
 
 suites_left=$#
 for suite in "$@"; do

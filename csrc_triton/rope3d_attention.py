@@ -47,7 +47,8 @@ def load_transformed(
             weight = load_weight(weight_ptr, HEAD_DIM, WIDTH)
             y *= inverse_rms(y, HEAD_DIM)[:, None] * weight[None, :]
         if ROTATE:
-            sine, cosine = load_turn(coords_ptr, pairs_ptr, rows, in_range, WIDTH // 2)
+            exact: tl.constexpr = x.dtype == tl.float32
+            sine, cosine = load_turn(coords_ptr, pairs_ptr, rows, in_range, WIDTH // 2, exact)
             y = turn(y, sine, cosine, ROWS, WIDTH)
         x = y.to(x.dtype)
     return x

@@ -51,7 +51,8 @@ def _back(
     Stores those of the norm's weight in the program's row of d_weight.
     """
     if ROTATE:
-        sine, cosine = load_turn(coords_ptr, pairs_ptr, rows, in_range, WIDTH // 2)
+        exact: tl.constexpr = ptr.dtype.element_ty == tl.float32
+        sine, cosine = load_turn(coords_ptr, pairs_ptr, rows, in_range, WIDTH // 2, exact)
         d_x = turn(d_x, -sine, cosine, ROWS, WIDTH)
     if NORM:
         # read again: to keep it in registers all along the loop costs more
@@ -206,10 +207,10 @@ def _rope3d_dkdv_kernel(
         dk = tl.dot(ds, q, dk, input_precision="ieee")
 
     # a key out of range, whose p may be infinite, has gathered what no key of the sample sees
-    dk = tl.where(in_sample[:, None], dk, 0.0)
-    dv = tl.where(in_sample[:, None], dv, 0.0)
     d_offset = b * stride_db + h * stride_dh
+    dv = tl.where(in_sample[:, None], dv, 0.0)
     store_row_tile(dv_ptr + d_offset, dv, n, in_keys, stride_ds, HEAD_DIM, WIDTH)
+    dk = tl.where(in_sample[:, None], dk, 0.0)
     dk = _back(
         dk * scale, k_ptr, d_weight_ptr, k_coords_ptr, k_pairs_ptr, k_weight_ptr,
         n, in_sample, stride_ks, BLOCK_N, HEAD_DIM, WIDTH, ROTATE, NORM,

@@ -204,8 +204,11 @@ def h100(tmp_path):
 def test_the_gpu_script_tests_first_and_shares_the_time(h100):
     done, calls, out = h100("attention --reps 5", "tune", LIMIT_S="240", COMMIT="c0ffee")
     assert done.returncode == 0, done.stderr
-    assert calls[0].startswith(f"{ROOT} -m pytest tests -m gpu")
+    both = "tests/test_joint_gpu.py tests/test_bench_measure.py tests/test_rope3d_gpu.py"
+    assert calls[0].startswith(f"{ROOT} -m pytest {both}")
+    assert " -m gpu " in calls[0]
     assert calls[1].startswith(f"{ROOT} -m pytest tests/test_joint_kernels.py tests/test_joint_")
+    assert calls[1].count("test_joint_kernels") == 1
     limits = []
     for call, suite in zip(calls[2:], ("attention --reps 5", "tune"), strict=True):
         head, _, rest = call.partition(" --limit-s ")
@@ -226,10 +229,10 @@ def test_the_gpu_script_goes_on_after_a_failure_and_says_so_in_the_end(h100):
     assert calls[1].endswith("-n 4")
     assert done.returncode == 1
     assert len(calls) == 3
-    done, calls, _ = h100("fails", "attention", LIMIT_S="200")
+    done, calls, _ = h100("attention --fails", "tune", LIMIT_S="400")
     assert done.returncode == 3
     assert len(calls) == 4
-    assert "fails ended with 3" in done.stdout
+    assert "attention ended with 3" in done.stdout
 
 
 def test_the_gpu_script_begins_nothing_that_has_no_time(h100):
@@ -241,6 +244,16 @@ def test_the_gpu_script_begins_nothing_that_has_no_time(h100):
     assert done.returncode == 2
     assert not calls
     assert "usage" in done.stderr
+
+
+@pytest.mark.parametrize("suite", ["attention", "qformer", "encode", "flux", "flux-train", "tune"])
+def test_the_gpu_script_tests_what_a_suite_times_by_files_that_are_there(h100, suite):
+    _, calls, _ = h100(suite, LIMIT_S="200")
+    assert len(calls) == 3
+    for call in calls[:2]:
+        files = [word for word in call.split() if word.startswith("tests/")]
+        assert files
+        assert all((ROOT / file).is_file() for file in files)
 
 
 @gpu
