@@ -10,6 +10,7 @@
 #
 #   OUT      folder of the records and logs      (bench/results; logs go to out/h100 then)
 #   LIMIT_S  seconds for everything              (540)
+#   TESTS_S  seconds of these for the tests at most; 0: they have run before (3/5 of LIMIT_S)
 #   PYTHON   the interpreter                     (python3)
 #   WORKERS  processes that compile kernels for the tests of all sizes; needs pytest-xdist (none)
 #   COMMIT   of the code, where git cannot tell  (none)
@@ -20,6 +21,7 @@ python=${PYTHON:-python3}
 out=${OUT:-bench/results}
 logs=${OUT:-out/h100}
 limit=${LIMIT_S:-540}
+tests=${TESTS_S:-$((limit * 3 / 5))}
 status=0
 
 if [ $# -eq 0 ]; then
@@ -59,11 +61,11 @@ for suite in "$@"; do
 done
 # files NAME...: each once, as paths
 files() { printf '%s\n' "$@" | awk '!seen[$0]++ {print "tests/" $0 ".py"}'; }
-if [ -n "$on_gpu" ]; then
+if [ -n "$on_gpu" ] && [ "$tests" -gt 0 ]; then
   mapfile -t names < <(files $on_gpu)
-  run gpu-tests $((limit * 2 / 5)) "$python" -m pytest "${names[@]}" -m gpu -q -p no:cacheprovider
+  run gpu-tests $((tests * 2 / 3)) "$python" -m pytest "${names[@]}" -m gpu -q -p no:cacheprovider
   mapfile -t names < <(files $anywhere)
-  run kernel-tests $((limit / 5)) "$python" -m pytest "${names[@]}" -q -p no:cacheprovider \
+  run kernel-tests $((tests / 3)) "$python" -m pytest "${names[@]}" -q -p no:cacheprovider \
     ${WORKERS:+-n "$WORKERS"}
 fi
 

@@ -9,6 +9,7 @@ import typer
 
 from bench.attention_plots import Picture, attention_pictures
 from bench.attention_report import attention_tables
+from bench.flux_report import flux_tables
 from bench.qformer_report import qformer_tables
 from bench.records import Record, read_records
 from bench.tables import table
@@ -172,6 +173,7 @@ SECTIONS = {
     "quality": Section(quality_tables),
     "attention": Section(attention_tables, attention_pictures, required=False),
     "qformer": Section(qformer_tables, required=False, beside=("encode",)),
+    "flux": Section(flux_tables, required=False, beside=("flux-train",)),
 }
 """By the name of their markers and their results file."""
 

@@ -235,6 +235,12 @@ def test_the_gpu_script_goes_on_after_a_failure_and_says_so_in_the_end(h100):
     assert "attention ended with 3" in done.stdout
 
 
+def test_the_gpu_script_leaves_all_time_to_the_suites_once_tests_have_run(h100):
+    _, calls, _ = h100("flux", "flux-train", LIMIT_S="540", TESTS_S="0")
+    assert [call.split()[3] for call in calls] == ["flux", "flux-train"]
+    assert int(calls[1].split(" --limit-s ")[1].split()[0]) > 500
+
+
 def test_the_gpu_script_begins_nothing_that_has_no_time(h100):
     done, calls, _ = h100("attention", LIMIT_S="50")
     assert done.returncode == 124
