@@ -197,12 +197,11 @@ class SemanticPipeline:
         if "max_area" in inspect.signature(self.flux.__call__).parameters:
             # Kontext would choose other sizes by itself
             inputs |= {"max_area": height * width, "_auto_resize": False}
-        mask_by = attach if attention == "op" else dense_mask
-        isolate_level = options.pop("isolate_level", None)
+        how = emb.tree, rule, options.pop("isolate_level", None)
         if self._decoder is not None and attention == "op":
-            attend = emb.tree, rule, isolate_level
-            return self._decoder(self.flux, {**inputs, **options}, attend, output)
-        with mask_by(self.flux.transformer, emb.tree, rule, isolate_level=isolate_level):
+            return self._decoder(self.flux, inputs | options, how, output)
+        mask_by = attach if attention == "op" else dense_mask
+        with mask_by(self.flux.transformer, emb.tree, rule, isolate_level=how[2]):
             return self.flux(**{**inputs, **options}, output_type=output).images
 
     def reconstruct(
