@@ -117,7 +117,7 @@ def _ahead(fast: FastFlux, work: FluxWork) -> Callable[[], Results]:
     rows = fast.modulation(given["timestep"], given["pooled_projections"], given["guidance"])
     latents, positions = given["hidden_states"], given["encoder_hidden_states"]
     ids = given["img_ids"], given["txt_ids"]
-    return lambda: (fast.denoise(latents, positions, rows, *ids),)
+    return lambda: (fast.denoise(latents, positions, rows, fast.layout_of_ids(*ids)),)
 
 
 def _our_ahead(work: FluxWork) -> Ready:
@@ -154,7 +154,7 @@ def _our_loop(work: FluxWork) -> Ready:
 
     def run() -> Results:
         rows = fast.modulation(every, pooled, guidance).unflatten(0, (STEPS, batch))
-        step = lambda i, x: fast.denoise(x, positions, rows[i], *ids)
+        step = lambda i, x: fast.denoise(x, positions, rows[i], fast.layout_of_ids(*ids))
         return euler(step, given["hidden_states"], STEPS, CHECKED_STEPS)
 
     return Ready(run)

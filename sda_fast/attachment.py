@@ -80,7 +80,8 @@ def attach(
             IP-Adapter or another processor is on it, or its attention backend cannot mask.
         RuntimeError: the transformer is a copy of one that was attached.
     """
-    if not isinstance(transformer, FluxTransformer2DModel):
+    # by type: FastFlux, whose attention is not the processors', says that its class is this one
+    if not issubclass(type(transformer), FluxTransformer2DModel):
         raise TypeError(
             "transformer must be a diffusers FluxTransformer2DModel (attach first, compile after), "
             f"got {type(transformer).__name__}"

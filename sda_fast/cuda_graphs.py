@@ -42,8 +42,9 @@ class GraphCache:
 
     A graph repeats launches on fixed addresses. Weights that change in place are seen, as they are
     read anew; where a parameter or buffer lies elsewhere or otherwise, where a submodule is another
-    one or in another mode, and where a LoRA layer has another scale, the graph is captured again.
-    What else a function reads from Python must be in ``about``; hooks run at captures only. Calls
+    one, in another mode or has other hooks, and where a LoRA layer has another scale, the graph is
+    captured again. What else a function reads from Python must be in ``about``; hooks run at
+    captures only. Calls
     from several threads and streams take turns; while one captures, no other thread may wait for
     the whole device. A copy of a cache is an empty one.
 
@@ -108,6 +109,7 @@ class GraphCache:
                 while len(self._graphs) >= self.limit:
                     self._drop_oldest()
                 replay = self._capture(function, inputs, now.device())
+                now = Addresses.of(modules)  # a first call may set modules up
             self._graphs[kind] = replay, now
             return replay(inputs)
 
@@ -153,6 +155,7 @@ class Addresses:
         tensors: address, dtype, shape and strides of each parameter and buffer.
         devices: of these.
         strengths: what LoRA layers keep in Python: their scales, and which of them are active.
+        hooks: what is called around modules.
     """
 
     modules: list[nn.Module]
@@ -160,11 +163,12 @@ class Addresses:
     tensors: list[tuple]
     devices: set[torch.device]
     strengths: list[str]
+    hooks: list[tuple]
 
     @classmethod
     def of(cls, roots: Sequence[nn.Module]) -> "Addresses":
         """Look at modules, as they are now."""
-        modules, tensors, devices, strengths, seen = [], [], set(), [], set()
+        modules, tensors, devices, strengths, hooks, seen = [], [], set(), [], [], set()
         left = list(roots)
         # several times as fast as parameters() and buffers(): this comes before every replay
         while left:
@@ -178,11 +182,13 @@ class Addresses:
                     if t is not None:
                         tensors.append((t.data_ptr(), t.dtype, t.shape, t.stride()))
                         devices.add(t.device)
+            if module._forward_hooks or module._forward_pre_hooks:
+                hooks.append((*module._forward_hooks, *module._forward_pre_hooks))
             if "scaling" in vars(module):
                 strengths.append(_strength(vars(module)))
             left += [child for child in module._modules.values() if child is not None]
         modes = [module.training for module in modules]
-        return cls(modules, modes, tensors, devices, strengths)
+        return cls(modules, modes, tensors, devices, strengths, hooks)
 
     def device(self) -> torch.device:
         """The one they are all on.

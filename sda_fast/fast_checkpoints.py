@@ -22,16 +22,18 @@ class Checkpoint:
     Attributes:
         policy: "none" keeps what the backward reads; "attention-out" keeps a block's input and what
             its attention gave, and recomputes the rest; "full" keeps the input alone.
+        draws: something in the blocks draws random numbers, as LoRA's dropout, and must draw the
+            same again.
     """
 
     policy: str
+    draws: bool = False
 
     def __call__(self, block: Callable[..., Any], *args: Any) -> Any:
         """``block(*args)``."""
         if self.policy == "none" or not torch.is_grad_enabled():
             return block(*args)
-        # a block draws nothing: there is no random state to keep
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.draws}
         if self.policy == "attention-out":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
         return checkpoint(block, *args, **options)

@@ -1,16 +1,19 @@
 """What FastFlux cannot run is refused by name, before anything runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from sda_fast.attachment import HOOK
+from sda_fast.attachment import HOOK, HierarchicalFluxAttnProcessor
+from sda_fast.flux_modulation import modulation_linears
 from sda_fast.hierarchy import Hierarchy
+from sda_fast.packed_linear import is_hooked
 
 EPS = 1e-6  # of every norm of FLUX
+PROCESSORS = (FluxAttnProcessor, HierarchicalFluxAttnProcessor)
 
 
 def check_model(transformer: Any) -> None:
@@ -20,7 +23,8 @@ def check_model(transformer: Any) -> None:
         TypeError: it is no FluxTransformer2DModel.
         ValueError: its blocks or norms are not FLUX's, it has dropout, or see ``check_now``.
     """
-    if not isinstance(transformer, FluxTransformer2DModel):
+    # by type: FastFlux says that its class is this one
+    if not issubclass(type(transformer), FluxTransformer2DModel):
         raise TypeError(
             "transformer must be a diffusers FluxTransformer2DModel (not compiled), got "
             f"{type(transformer).__name__}"
@@ -29,10 +33,15 @@ def check_model(transformer: Any) -> None:
     if not all(counts):
         raise ValueError(f"transformer must have double and single blocks, got {counts}")
     for name, module in transformer.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
+        passed_by = ".to_out." in name or ".net." in name
+        if isinstance(module, nn.Dropout) and module.p > 0 and passed_by and "lora" not in name:
             raise ValueError(f"transformer must have no dropout, got {module.p} in {name}")
         if isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.eps != EPS:
             raise ValueError(f"{name} must be a norm with eps {EPS}, as FLUX's, got {module.eps}")
+    away = {id(p) for linear in modulation_linears(transformer) for p in linear.parameters()}
+    devices = {str(p.device) for p in transformer.parameters() if id(p) not in away}
+    if len(devices) != 1 or "meta" in devices:
+        raise ValueError(f"transformer must have its weights on one device, got {sorted(devices)}")
     check_now(transformer)
 
 
@@ -40,23 +49,47 @@ def check_now(transformer: Any) -> None:
     """Refuse what may be put on a transformer at any time and FastFlux would pass by.
 
     Raises:
-        ValueError: hooks of offload or of a cache, an IP-Adapter, float16.
+        ValueError: hooks, a forward or an attention processor that it would not call, as those of
+            offload, of a cache or of an IP-Adapter; float16.
     """
     if transformer.dtype == torch.float16:
         raise ValueError("transformer must not be float16, whose range FLUX leaves: use bfloat16")
     if getattr(transformer, "encoder_hid_proj", None) is not None:
         raise ValueError("transformer must carry no IP-Adapter: unload it, or use attach or a mask")
-    blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-    for module in (transformer, *blocks):
-        if hasattr(module, "_hf_hook"):
-            raise ValueError(
-                "transformer must have its weights on one device: hooks of accelerate's offload "
-                "are on it"
-            )
+    if hasattr(transformer, "_hf_hook"):
+        raise ValueError(
+            "transformer must have its weights on one device: hooks of accelerate's offload are "
+            "on it"
+        )
+    for module in _passed_by(transformer):
         registry = getattr(module, "_diffusers_hook", None)
         found = [] if registry is None else [name for name in registry.hooks if name != HOOK]
         if found:
             raise ValueError(f"transformer must carry no hooks of diffusers, got {found}")
+        if registry is None and is_hooked(module):
+            raise ValueError(
+                f"{type(module).__name__} of transformer must carry no hook and no forward of its "
+                "own: FastFlux does not call it"
+            )
+        processor = getattr(module, "processor", None)
+        if processor is not None and type(processor) not in PROCESSORS:
+            raise ValueError(
+                "transformer must carry diffusers' own FluxAttnProcessor, got "
+                f"{type(processor).__name__}: FastFlux does not call it"
+            )
+
+
+def _passed_by(transformer: Any) -> Iterator[nn.Module]:
+    """The modules that a stock forward calls and FastFlux does not."""
+    yield transformer
+    yield transformer.norm_out
+    for block in transformer.transformer_blocks:
+        attn = block.attn
+        yield from (block, block.norm1, block.norm1_context, attn, block.ff, block.ff_context)
+        yield from (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
+    for block in transformer.single_transformer_blocks:
+        attn = block.attn
+        yield from (block, block.norm, block.act_mlp, attn, attn.norm_q, attn.norm_k)
 
 
 def check_call(

@@ -38,9 +38,12 @@ class FastDecoder:
     """Runs a stock Flux pipeline with FastFlux in the place of its transformer.
 
     A plain FluxPipeline with its own scheduler is run by the loop here: all modulation in one pass
-    ahead, no waiting for the device until the picture is asked for, the VAE as a graph too. Others
-    (Kontext, Img2Img, callbacks, another scheduler ...) run their own loop around FastFlux. Calls
-    from several threads take turns.
+    ahead, no step waits for the device, the VAE as a graph too. Others (Kontext, Img2Img,
+    callbacks, another scheduler ...) run their own loop around FastFlux. Calls from several
+    threads take turns.
+
+    Attributes:
+        turn: held by the call whose turn it is.
 
     Args:
         graph: whether to use CUDA graphs.
@@ -51,7 +54,7 @@ class FastDecoder:
         self.flux: Any = None  # of the call whose turn it is
         self._fast: OrderedDict[Attention, FastFlux] = OrderedDict()
         self._pictures = GraphCache()
-        self._turn = RLock()
+        self.turn = RLock()
 
     def __call__(self, flux: Any, inputs: dict[str, Any], attention: Attention, output: str) -> Any:
         """Pictures.
@@ -65,7 +68,7 @@ class FastDecoder:
         Raises:
             ValueError: FastFlux cannot run the transformer as it is.
         """
-        with self._turn:
+        with self.turn:
             self.flux = flux
             fast = self.fast_flux(attention)
             if self._knows(inputs):
@@ -79,8 +82,10 @@ class FastDecoder:
     def fast_flux(self, attention: Attention) -> FastFlux:
         """The FastFlux of a hierarchy and rule, around the pipeline's transformer of now."""
         transformer = self.flux.transformer
+        for old in [how for how, fast in self._fast.items() if fast.transformer is not transformer]:
+            del self._fast[old]  # it would keep another transformer alive
         fast = self._fast.pop(attention, None)
-        if fast is None or fast.transformer is not transformer:
+        if fast is None:
             tree, rule, level = attention
             fast = FastFlux(transformer, tree, rule, isolate_level=level, graph=self.graph)
         self._fast[attention] = fast
@@ -107,13 +112,14 @@ class FastDecoder:
     ) -> Any:
         flux, dtype = self.flux, prompt_embeds.dtype
         device = prompt_embeds.device
-        latents, img_ids = self._noise(generator, height, width, dtype, device)
-        txt_ids = torch.zeros(prompt_embeds.shape[1], 3, device=device, dtype=dtype)
+        latents = self._noise(generator, height, width, dtype, device)
+        grid = height // (2 * flux.vae_scale_factor), width // (2 * flux.vae_scale_factor)
+        layout = fast.layout_of_grid(latents, prompt_embeds, grid)
         scheduler, times = self._schedule(num_inference_steps, latents.shape[1], device)
         rows = self._modulation(fast, times.to(dtype), pooled_prompt_embeds, guidance_scale)
         with flux.progress_bar(total=len(times)) as bar:
             for i, t in enumerate(times):
-                velocity = fast.denoise(latents, prompt_embeds, rows[i], img_ids, txt_ids)
+                velocity = fast.denoise(latents, prompt_embeds, rows[i], layout)
                 latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
                 bar.update()
         picture = self._picture(latents, height, width)
@@ -126,8 +132,8 @@ class FastDecoder:
         width: int,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> tuple[Tensor, Tensor]:
-        """Packed latents of the generators, and their ids."""
+    ) -> Tensor:
+        """Packed latents of the generators."""
         flux = self.flux
         rows, cols = (2 * (side // (flux.vae_scale_factor * 2)) for side in (height, width))
         channels = flux.transformer.config.in_channels // 4
@@ -136,9 +142,7 @@ class FastDecoder:
         if device.type == "cuda":
             noise = noise.pin_memory()
         noise = noise.to(device, non_blocking=True)
-        latents = flux._pack_latents(noise, *shape)
-        ids = flux._prepare_latent_image_ids(shape[0], rows // 2, cols // 2, device, dtype)
-        return latents, ids
+        return flux._pack_latents(noise, *shape)
 
     def _schedule(self, steps: int, tokens: int, device: torch.device) -> tuple[Any, Tensor]:
         """A scheduler of this call's own, and its times, as FluxPipeline sets them."""
@@ -175,7 +179,8 @@ class FastDecoder:
         paint = partial(self._paint, height=height, width=width)
         if not self.graph:
             return paint(latents)
-        about = height, width, getattr(vae, "use_slicing", None), getattr(vae, "use_tiling", None)
+        config = vae.config
+        about = height, width, config.scaling_factor, config.shift_factor, *_tiles(vae)
         return self._pictures.run(paint, [latents], [vae], about)
 
     def _paint(self, latents: Tensor, height: int, width: int) -> Tensor:
@@ -183,3 +188,12 @@ class FastDecoder:
         latents = flux._unpack_latents(latents, height, width, flux.vae_scale_factor)
         latents = latents / flux.vae.config.scaling_factor + flux.vae.config.shift_factor
         return flux.vae.decode(latents, return_dict=False)[0]
+
+
+def _tiles(vae: Any) -> tuple:
+    """How a VAE cuts its work up."""
+    names = (
+        "use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size",
+        "tile_overlap_factor",
+    )  # fmt: skip
+    return tuple(getattr(vae, name, None) for name in names)

@@ -17,7 +17,7 @@ from sda_fast.fast_checkpoints import POLICIES, Checkpoint
 from sda_fast.fast_checks import check_call, check_model, check_now, refuse_controlnet
 from sda_fast.fast_memory import forward_bytes, kept_bytes, told
 from sda_fast.flux_layout import Layout, LayoutMemory
-from sda_fast.flux_modulation import Modulation, modulation_linears, modulation_rows
+from sda_fast.flux_modulation import Modulation, modulation_linears, modulation_rows, rows_of
 from sda_fast.hierarchy import RULES, Hierarchy
 from sda_fast.ops import ada_norm
 from sda_fast.packed_linear import PackedLinear
@@ -27,8 +27,9 @@ class FastFlux(nn.Module):
     """Stands in for a FluxTransformer2DModel whose text tokens are the positions of a hierarchy.
 
     Takes what the transformer's own ``forward`` takes and gives what that would give with the dense
-    mask, up to rounding; everything else (``config``, ``dtype``, LoRA loaders, ``save_pretrained``
-    ...) is the transformer's. So it can be put in its place: ``pipe.transformer = FastFlux(...)``.
+    mask, up to rounding; everything else (``config``, ``dtype``, LoRA loaders, ``save_pretrained``,
+    the state dict ...) is the transformer's, and to diffusers, which tells models by their class,
+    so is the class. So it can be put in its place: ``pipe.transformer = FastFlux(...)``.
     The weights are the transformer's: linears with one input share one memory from now on, of which
     each keeps a view. LoRA layers are called as they are; differentiable in latents and embedding.
 
@@ -77,7 +78,14 @@ class FastFlux(nn.Module):
         self._single = [SingleBlock(block, fp8) for block in model.single_transformer_blocks]
         self._layouts = LayoutMemory(self.transformer.pos_embed)
         self._graphs = GraphCache()
+        self.train(self.transformer.training)
+        self.__module__ = FluxTransformer2DModel.__module__  # what a pipeline's index tells
         self.pack()
+
+    @property
+    def __class__(self) -> type:  # pyrefly: ignore[bad-override]
+        """diffusers looks for adapters and for what to save on models of its own classes only."""
+        return FluxTransformer2DModel
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -98,11 +106,42 @@ class FastFlux(nn.Module):
             graph=self.graph,
         )
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """Those of the transformer, by its names; so are the parameters."""
+        return self.transformer.named_modules(*args, **kwargs)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """That of the transformer."""
+        return self.transformer.get_submodule(target)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the transformer."""
+        return self.transformer.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Into the transformer."""
+        return self.transformer.load_state_dict(*args, **kwargs)
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As the transformer's; fp8 is quantised anew."""
+        self.transformer.fuse_lora(*args, **kwargs)
+        self.pack()
+
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As the transformer's; fp8 is quantised anew."""
+        self.transformer.unfuse_lora(*args, **kwargs)
+        self.pack()
+
+    def unload_lora(self) -> None:
+        """As the transformer's; fp8 is quantised anew."""
+        self.transformer.unload_lora()
+        self.pack()
+
     def pack(self) -> None:
         """Put weights that are used together side by side, or quantise them anew.
 
         Calls do it where they see that it is due. What they cannot see is a write through ``.data``
-        under "fp8": call this after ``fuse_lora`` and ``unfuse_lora`` there.
+        under "fp8", as LoRA's fusing is when it is done on the transformer and not on this.
         """
         with torch.no_grad():
             for product in self._products():
@@ -160,7 +199,7 @@ class FastFlux(nn.Module):
         check_now(self.transformer)
         layout = self._layouts.read(given["img_ids"], given["txt_ids"], self.tree)
         times = given["timestep"], given["pooled_projections"], guidance
-        rows = modulation_rows(self.transformer, *times)
+        rows = modulation_rows(self.transformer, *times).expand(len(hidden_states), -1, -1)
         sample = self._run(hidden_states, given["encoder_hidden_states"], rows, layout)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -190,13 +229,24 @@ class FastFlux(nn.Module):
                 away = parameter.data.cpu()
                 parameter.data = away.pin_memory() if torch.cuda.is_available() else away
 
+    def layout_of_ids(self, img_ids: Tensor, txt_ids: Tensor) -> Layout:
+        """Where tokens are that have such ids; to read new ones waits for the device."""
+        return self._layouts.read(img_ids, txt_ids, self.tree)
+
+    def layout_of_grid(
+        self, latents: Tensor, positions: Tensor, grid: tuple[int, int] | None = None
+    ) -> Layout:
+        """Where the tokens of a picture are, text first, without ids.
+
+        Args:
+            latents: [B, S_img, in_channels].
+            positions: [B, N + extra, joint_attention_dim].
+            grid: (rows, columns) of image tokens; None for a square.
+        """
+        return self._layouts.of_grid(latents, self.tree, grid, positions.shape[1])
+
     def denoise(
-        self,
-        latents: Tensor,
-        positions: Tensor,
-        modulation: Tensor,
-        img_ids: Tensor,
-        txt_ids: Tensor,
+        self, latents: Tensor, positions: Tensor, modulation: Tensor, layout: Layout
     ) -> Tensor:
         """The velocity of one step whose modulation was made ahead of time.
 
@@ -204,14 +254,19 @@ class FastFlux(nn.Module):
             latents: [B, S_img, in_channels].
             positions: [B, N + extra, joint_attention_dim].
             modulation: [B, R, C], rows of ``modulation``.
-            img_ids: as in ``forward``.
-            txt_ids: likewise.
+            layout: of ``layout_of_ids`` or ``layout_of_grid``.
 
         Returns:
             [B, S_img, in_channels].
+
+        Raises:
+            ValueError: the modulation is another transformer's, or see ``forward``.
         """
         check_now(self.transformer)
-        layout = self._layouts.read(img_ids, txt_ids, self.tree)
+        count = rows_of(self.transformer)
+        if modulation.shape != (len(latents), count, self.transformer.inner_dim):
+            wanted = [len(latents), count, self.transformer.inner_dim]
+            raise ValueError(f"modulation must be {wanted}, got {list(modulation.shape)}")
         return self._run(latents, positions, modulation, layout)
 
     def velocity(
@@ -244,6 +299,11 @@ class FastFlux(nn.Module):
         Raises:
             ValueError: grid or checkpoint does not fit, or emb has no pooled vector.
         """
+        if not isinstance(emb, SemanticEmbedding):
+            raise TypeError(f"emb must be a SemanticEmbedding, got {type(emb).__name__}")
+        if t.shape != (len(emb),) or len(x_t) != len(emb):
+            found = f"{list(t.shape)} and {list(x_t.shape)}"
+            raise ValueError(f"t must be [{len(emb)}] and x_t [{len(emb)}, S_img, C], got {found}")
         if checkpoint not in POLICIES:
             raise ValueError(f"checkpoint must be one of {', '.join(POLICIES)}, got {checkpoint!r}")
         layout = self._layouts.of_grid(x_t, self.tree, grid)
@@ -260,7 +320,7 @@ class FastFlux(nn.Module):
         with told(self.transformer, "the forward of a training step", len(x_t), tokens, each):
             return self._from_rows(
                 x_t.to(dtype), emb.tokens.to(dtype), *layout.rotary, rows,
-                layout=layout, keep=Checkpoint(checkpoint),
+                layout=layout, keep=self._checkpoint(checkpoint),
             )  # fmt: skip
 
     def _run(self, latents: Tensor, positions: Tensor, rows: Tensor, layout: Layout) -> Tensor:
@@ -270,21 +330,32 @@ class FastFlux(nn.Module):
         batch, tokens = len(latents), latents.shape[1] + positions.shape[1]
         each = forward_bytes(self.transformer, tokens)
         with told(self.transformer, "a forward", batch, tokens, each):
-            return self._by_graph(function, inputs, layout) if self.graph else function(*inputs)
+            if self.graph:
+                return self._by_graph(function, inputs, layout)
+            recompute = self.transformer.gradient_checkpointing
+            return function(*inputs, keep=self._checkpoint("full" if recompute else "none"))
+
+    def _checkpoint(self, policy: str) -> Checkpoint:
+        drops = [m for m in self.transformer.modules() if isinstance(m, nn.Dropout)]
+        return Checkpoint(policy, draws=any(m.training and m.p > 0 for m in drops))
 
     def _by_graph(
         self, function: "partial[Tensor]", inputs: tuple[Tensor, ...], layout: Layout
     ) -> Tensor:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-            raise ValueError(
-                "graph=True gives no gradients, but an input requires one: use velocity(), or "
-                "torch.no_grad()"
-            )
-        if self.precision is not None:
-            for product in self._products():
-                product.pack()
-        quantised = sum(product.generation for product in self._products())
-        return self._graphs.run(function, inputs, self._read(), (layout.key, quantised))
+        read = self._read()
+        if torch.is_grad_enabled():
+            weights = [p for module in read for p in module.parameters()]
+            if any(t.requires_grad for t in (*inputs, *weights)):
+                raise ValueError(
+                    "graph=True gives no gradients, but an input or a weight requires one: use "
+                    "velocity(), or torch.no_grad()"
+                )
+        products = self._products()
+        for product in products:
+            product.pack()  # now, so that a graph remembers the addresses that it reads
+        quantised = sum(product.generation for product in products)
+        about = layout.key, self.tree, self.rule, self.isolate_level, quantised
+        return self._graphs.run(function, inputs, read, about)
 
     def _read(self) -> list[nn.Module]:
         """The modules whose weights ``_from_rows`` reads: all but those of the modulation."""
@@ -308,7 +379,7 @@ class FastFlux(nn.Module):
         keep: Checkpoint | None = None,
     ) -> Tensor:
         model, keep = self.transformer, keep or Checkpoint("none")
-        modulation = Modulation(rows, len(self._double), len(self._single))
+        modulation = Modulation(rows.unbind(1), len(self._double), len(self._single))
         attend = layout.attention(self.tree, self.rule, self.isolate_level)
         rotary: Rotary = (cos, sin)
         img, txt = model.x_embedder(latents), model.context_embedder(positions)

@@ -96,13 +96,20 @@ class LayoutMemory:
         self._read.append(([weakref.ref(t) for t in ids], versions, layout))
         return layout
 
-    def of_grid(self, x: Tensor, tree: Hierarchy, grid: tuple[int, int] | None) -> Layout:
-        """The layout of [B, S_img, C] latents and of positions alone.
+    def of_grid(
+        self,
+        x: Tensor,
+        tree: Hierarchy,
+        grid: tuple[int, int] | None,
+        num_txt: int | None = None,
+    ) -> Layout:
+        """The layout of [B, S_img, C] latents and of positions, without any ids to read.
 
         Args:
             x: the latents.
             tree: of the positions.
             grid: (rows, columns) of image tokens; None for a square.
+            num_txt: text tokens; None for the positions alone.
 
         Raises:
             ValueError: x does not hold such a grid.
@@ -115,11 +122,12 @@ class LayoutMemory:
             raise ValueError(
                 f"grid must hold the {x.shape[1]} tokens of x_t, got {grid or 'none for no square'}"
             )
-        key = (h, w), tree, x.device
+        num_txt = tree.num_tokens if num_txt is None else num_txt
+        key = (h, w), tree, num_txt, x.device
         if key not in self._made:
             row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
             ids = torch.stack([torch.zeros(h, w), row, col], -1).flatten(0, 1)
-            txt = torch.zeros(tree.num_tokens, 3, device=x.device)
+            txt = torch.zeros(num_txt, 3, device=x.device)
             if len(self._made) >= REMEMBERED * 16:
                 self._made.clear()
             self._made[key] = self._make(((h, w),), txt, ids.to(x.device), tree)
@@ -139,5 +147,5 @@ class LayoutMemory:
             )
         # what is made here outlives any mode
         with torch.inference_mode(False), torch.no_grad():
-            cos, sin = self._pos_embed(torch.cat([txt.to(img), img]).clone())
+            cos, sin = self._pos_embed(torch.cat([txt.to(img.device), img]))
         return Layout(grids, len(txt), (cos, sin))

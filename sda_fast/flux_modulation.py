@@ -4,6 +4,7 @@ A third of FLUX's weights turns one vector a sample, made of time, guidance and 
 these numbers. They depend on no token, so that all steps of a picture can be had in one pass.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,13 @@ class Modulation:
     """What modulates one forward, as views of its rows.
 
     Attributes:
-        rows: [B, R, C]: six for the image and six for the text of each double block, three for
+        rows: R of [B, C]: six for the image and six for the text of each double block, three for
             each single block, two for the end.
         num_double: double blocks.
         num_single: single blocks.
     """
 
-    rows: Tensor
+    rows: Sequence[Tensor]
     num_double: int
     num_single: int
 
@@ -46,7 +47,7 @@ class Modulation:
 
     def last(self) -> Norm:
         """shift and scale of the norm before the output."""
-        scale, shift = self._some(self.rows.shape[1] - OF_OUT, OF_OUT)
+        scale, shift = self._some(len(self.rows) - OF_OUT, OF_OUT)
         return shift, scale
 
     def after_double(self, block: int) -> tuple[Norm, Norm]:
@@ -65,7 +66,7 @@ class Modulation:
         return self.last()
 
     def _some(self, first: int, count: int) -> list[Tensor]:
-        return [self.rows[:, first + i] for i in range(count)]
+        return list(self.rows[first : first + count])
 
 
 def modulation_linears(transformer: Any) -> list[nn.Module]:
@@ -77,6 +78,12 @@ def modulation_linears(transformer: Any) -> list[nn.Module]:
     ]
     norms += [block.norm for block in transformer.single_transformer_blocks]
     return [norm.linear for norm in (*norms, transformer.norm_out)]
+
+
+def rows_of(transformer: Any) -> int:
+    """R, the rows of a transformer's modulation."""
+    double, single = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+    return 2 * OF_NORM * double + OF_SINGLE * single + OF_OUT
 
 
 def modulation_rows(

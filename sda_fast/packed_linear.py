@@ -29,22 +29,23 @@ class PackedLinear:
     def __init__(self, find: Callable[[], Sequence[nn.Module]], fp8: bool = False) -> None:
         self._find = find
         self._fp8 = fp8
-        self._weight: Tensor | Fp8Weight | None = None
-        self._bias: Tensor | None = None
+        self._quantised: tuple[Fp8Weight, Tensor | None] | None = None
         self._seen: list[tuple] = []
         self.generation = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., sum of what the linears give]."""
-        linears = self._find()
-        if not self._joins(linears):
+        linears: Sequence[Any] = self._find()
+        if not self.joins(linears):
+            self._quantised, self._seen = None, []
             parts = [linear(x) for linear in linears]
             return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        self._pack_where_needed(linears)
-        if isinstance(self._weight, Fp8Weight):
-            return fp8_linear(x, self._weight, self._bias)
-        assert self._weight is not None
-        return F.linear(x, self._weight, self._bias)
+        weights = [linear.weight for linear in linears]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        if self._fp8:
+            return fp8_linear(x, *self._quantise_where_needed(weights, biases))
+        # nothing is kept here: the memory lives and goes with the linears' own weights
+        return F.linear(x, _packed(weights), _packed(biases) if biases else None)
 
     def pack(self, anew: bool = False) -> None:
         """Do now what the first call would do.
@@ -52,65 +53,74 @@ class PackedLinear:
         Args:
             anew: quantise again, whether or not a change of the weights can be seen.
         """
-        linears = self._find()
-        if self._joins(linears):
-            self._seen = [] if anew else self._seen
-            self._pack_where_needed(linears)
-
-    def _joins(self, linears: Sequence[nn.Module]) -> bool:
-        """Whether the linears are one product, or each is called as it is."""
-        if len(linears) == 1 and not self._fp8:
-            return False
-        return all(map(is_plain, linears)) and len({m.bias is None for m in linears}) == 1
-
-    def _pack_where_needed(self, linears: Sequence[Any]) -> None:
+        linears: Sequence[Any] = self._find()
+        if not self.joins(linears):
+            self._quantised, self._seen = None, []
+            return
         weights = [linear.weight for linear in linears]
         biases = [linear.bias for linear in linears if linear.bias is not None]
         if self._fp8:
-            return self._quantise_where_needed(weights, biases)
-        whole = self._weight if isinstance(self._weight, Tensor) else None
-        self._weight = _packed(weights, whole)
-        self._bias = _packed(biases, self._bias) if biases else None
-        return None
+            self._seen = [] if anew else self._seen
+            self._quantise_where_needed(weights, biases)
+        else:
+            for parts in filter(None, (weights, biases)):
+                _packed(parts)
 
-    def _quantise_where_needed(self, weights: list[Tensor], biases: list[Tensor]) -> None:
+    def joins(self, linears: Sequence[Any] | None = None) -> bool:
+        """Whether the linears, those of now, are one product; else each is called as it is."""
+        linears = self._find() if linears is None else linears
+        if len(linears) == 1 and not self._fp8:
+            return False
+        if not all(map(is_plain, linears)):
+            return False
+        alike = {(m.bias is None, m.weight.dtype, m.weight.device) for m in linears}
+        return len(alike) == 1
+
+    def _quantise_where_needed(
+        self, weights: list[Tensor], biases: list[Tensor]
+    ) -> tuple[Fp8Weight, Tensor | None]:
         # a write through .data leaves no trace: see FastFlux.pack
-        seen = [
-            (t.data_ptr(), t.dtype, t.device, -1 if t.is_inference() else t._version)
-            for t in (*weights, *biases)
-        ]
-        if seen == self._seen:
-            return
-        with torch.no_grad(), torch.inference_mode(False):
-            self._weight = Fp8Weight.of(torch.cat([t.data for t in weights]))
-            self._bias = torch.cat([t.data for t in biases]) if biases else None
-        self._seen = seen
-        self.generation += 1
+        seen = [(t.data_ptr(), t.dtype, t.device, t._version) for t in (*weights, *biases)]
+        if self._quantised is None or seen != self._seen:
+            with torch.no_grad(), torch.inference_mode(False):
+                weight = Fp8Weight.of(torch.cat([t.data for t in weights]))
+                bias = torch.cat([t.data for t in biases]) if biases else None
+            self._quantised, self._seen = (weight, bias), seen
+            self.generation += 1
+        return self._quantised
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_plain(module: Any) -> bool:
     """Whether a module is an ``nn.Linear`` and nothing else: no wrapper, no hook, no training."""
-    if type(module) is not nn.Linear or "forward" in vars(module):
+    if type(module) is not nn.Linear or is_hooked(module):
         return False
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    weight = module.weight
-    trained = torch.is_grad_enabled() and weight.requires_grad
-    return not (hooked or trained or type(weight) is not nn.Parameter)
+    parameters = [p for p in (module.weight, module.bias) if p is not None]
+    if any(type(p) is not nn.Parameter or p.is_inference() for p in parameters):
+        return False
+    return not (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
 
 
-def _packed(parts: Sequence[Tensor], whole: Tensor | None) -> Tensor:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says."""
+    return bool(
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _packed(parts: Sequence[Tensor]) -> Tensor:
     """All parts one after the other, in the very memory that the parts are then views of."""
-    if whole is not None and _lie_in(parts, whole):
-        return whole
-    rows = sum(map(len, parts))
+    first, rows = parts[0].data, sum(map(len, parts))
+    room = first.untyped_storage().nbytes() // first.element_size() - first.storage_offset()
+    if first.is_contiguous() and rows * first.stride(0) <= room:
+        whole = first.as_strided((rows, *first.shape[1:]), first.stride())
+        if _lie_in(parts, whole):
+            return whole
     # what is made here outlives any mode
     with torch.no_grad(), torch.inference_mode(False):
-        first = parts[0].data
-        room = first.untyped_storage().nbytes() // first.element_size() - first.storage_offset()
-        if rows * first.stride(0) <= room and first.is_contiguous():
-            whole = first.as_strided((rows, *first.shape[1:]), first.stride())
-            if _lie_in(parts, whole):  # somebody has packed them before
-                return whole
         whole = torch.cat([part.data for part in parts])
         start = 0
         for part in parts:

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from PIL import Image
 from torch import Tensor
 
+from sda_fast import cuda_graphs
 from sda_fast.adapter import SemanticAdapter
 from sda_fast.attachment import attach
 from sda_fast.coords import check_int
@@ -65,10 +67,11 @@ class SemanticPipeline:
     ) -> None:
         self.flux: Any = flux
         self.adapter: Any = adapter
-        if not isinstance(getattr(flux, "transformer", None), FluxTransformer2DModel):
+        model = type(getattr(flux, "transformer", None))
+        if not issubclass(model, FluxTransformer2DModel):
             raise ValueError(
                 "flux must be a diffusers pipeline with a FluxTransformer2DModel, "
-                f"got {type(flux).__name__}"
+                f"got {type(flux).__name__} with {model.__name__}"
             )
         width = self.flux.transformer.config.joint_attention_dim
         if self.adapter.config["out_features"] != width:
@@ -114,7 +117,10 @@ class SemanticPipeline:
             ValueError: FastFlux cannot run the transformer as it is, and says why.
         """
         check_model(self.flux.transformer)
-        on_gpu = self.flux.transformer.device.type == "cuda"
+        device = self.flux.transformer.device.type
+        on_gpu = device in cuda_graphs.GRAPH_DEVICES
+        if graph and not on_gpu:
+            raise ValueError(f"graph must be False for weights on a {device}, got True")
         self._decoder = FastDecoder(on_gpu if graph is None else graph)
         return self
 
@@ -201,7 +207,8 @@ class SemanticPipeline:
         if self._decoder is not None and attention == "op":
             return self._decoder(self.flux, inputs | options, how, output)
         mask_by = attach if attention == "op" else dense_mask
-        with mask_by(self.flux.transformer, emb.tree, rule, isolate_level=how[2]):
+        turn = nullcontext() if self._decoder is None else self._decoder.turn
+        with turn, mask_by(self.flux.transformer, emb.tree, rule, isolate_level=how[2]):
             return self.flux(**{**inputs, **options}, output_type=output).images
 
     def reconstruct(

@@ -1,5 +1,7 @@
 """A compiled pipeline paints what it painted before."""
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -178,3 +180,53 @@ def test_refuses(pipe):
     pipe.flux.transformer.single_transformer_blocks[0].attn.norm_k.eps = 1e-5
     with pytest.raises(ValueError, match="must be a norm with eps"):
         pipe.compile()
+    plain = make_pipe()
+    with pytest.raises(ValueError, match="graph must be False for weights on a cpu"):
+        plain.compile(graph=True)
+
+
+@torch.inference_mode()
+def test_no_step_reads_anything_from_the_device(pipe, monkeypatch):
+    pipe.compile()
+    pipe.decode(make_embedding(), 32, 32, 1, output="pt")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a step waited for the device")
+
+    from sda_fast import flux_layout
+
+    monkeypatch.setattr(flux_layout, "read_grids", refuse)
+    waits = ("item", "cpu", "tolist", "numpy", "__bool__", "__int__", "__float__")
+    denoise = fast_decode.FastFlux.denoise
+    inside = []
+
+    def spied(self, *args):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in waits:
+                patch.setattr(torch.Tensor, name, refuse)
+            inside.append(1)
+            return denoise(self, *args)
+
+    monkeypatch.setattr(fast_decode.FastFlux, "denoise", spied)
+    pipe.decode(make_embedding(), 32, 32, 3, output="pt")
+    assert inside == [1, 1, 1]
+
+
+def test_another_transformer_sets_the_old_one_free(pipe):
+    pipe.compile()
+    for rule in ("overlap", "local"):
+        pipe.decode(make_embedding(), 32, 32, 1, rule=rule)
+    old = weakref.ref(pipe.flux.transformer)
+    pipe.flux = tiny_flux_pipeline(type(pipe.flux), seed=1)
+    pipe.decode(make_embedding(), 32, 32, 1)
+    gc.collect()
+    assert old() is None
+
+
+def test_the_vae_s_settings_are_seen(pipe, graphs):
+    args = make_embedding(), 32, 32, 1
+    pipe.compile(graph=True).decode(*args)
+    pipe.flux.vae.register_to_config(scaling_factor=0.8)
+    found = pipe.decode(*args, output="pt")
+    want = pipe.decode(*args, output="pt", attention="mask")
+    torch.testing.assert_close(found, want, **CLOSE)

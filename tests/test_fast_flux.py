@@ -185,7 +185,10 @@ def test_modulation_ahead_of_time_gives_each_step_the_same(transformer):
     for i, t in enumerate(times):
         want = run(quick, inputs | {"timestep": t[None]})
         found = quick.denoise(
-            inputs["hidden_states"], inputs["encoder_hidden_states"], rows[i : i + 1], *ids
+            inputs["hidden_states"],
+            inputs["encoder_hidden_states"],
+            rows[i : i + 1],
+            quick.layout_of_ids(*ids),
         )
         torch.testing.assert_close(found, want, rtol=0, atol=1e-6)
 

@@ -127,8 +127,8 @@ def test_modulation_ahead_and_lora_in_graphs(transformer):
     given = [inputs[name] for name in ("hidden_states", "encoder_hidden_states")]
     ids = inputs["img_ids"], inputs["txt_ids"]
     for row in rows:
-        found = graphed.denoise(*given, row[None], *ids)
-        assert torch.equal(found, launched.denoise(*given, row[None], *ids))
+        found = graphed.denoise(*given, row[None], graphed.layout_of_ids(*ids))
+        assert torch.equal(found, launched.denoise(*given, row[None], graphed.layout_of_ids(*ids)))
     graphed.add_adapter(LoraConfig(r=4, target_modules=["to_q", "proj_mlp"]), "style")
     try:
         for name, parameter in transformer.named_parameters():

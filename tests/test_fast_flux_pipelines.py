@@ -8,6 +8,7 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
 )
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import sda_fast
 from sda_fast.embedding import SemanticEmbedding
@@ -176,3 +177,50 @@ def test_velocity_refuses(transformer):
         quick.velocity(*args, SemanticEmbedding(emb.tokens, TREE), grid=(4, 6))
     with pytest.raises(ValueError, match="emb must have the hierarchy"):
         quick.velocity(*args, emb.truncate(levels=2), grid=(4, 6))
+
+
+class Custom(FluxAttnProcessor):
+    """Somebody's own."""
+
+
+def test_refuses_what_it_would_pass_by(transformer):
+    quick, inputs = FastFlux(transformer, TREE), make_inputs()
+    block = transformer.transformer_blocks[0]
+    for module in (transformer, block, block.attn, block.attn.norm_q, block.norm1, block.ff):
+        hook = module.register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="must carry no hook and no forward of its own"):
+            run(quick, inputs)
+        hook.remove()
+    run(quick, inputs)
+    transformer.set_attn_processor(Custom())
+    with pytest.raises(ValueError, match="diffusers' own FluxAttnProcessor, got Custom"):
+        run(quick, inputs)
+
+
+def test_refuses_weights_on_several_devices(transformer):
+    transformer.single_transformer_blocks[0].to("meta")
+    with pytest.raises(ValueError, match=r"weights on one device, got \['cpu', 'meta'\]"):
+        FastFlux(transformer, TREE)
+
+
+def test_one_time_and_pooled_vector_serve_a_batch(transformer):
+    quick, inputs = FastFlux(transformer, TREE), make_inputs()
+    short = ("timestep", "guidance", "pooled_projections")
+    inputs |= {name: inputs[name][:1] for name in short}
+    want = run(transformer, inputs, attention_mask=TREE.attention_mask(4, 6)[None, None])
+    torch.testing.assert_close(run(quick, inputs), want, **FLUX_TOLERANCE)
+
+
+def test_ids_of_two_dtypes(transformer):
+    quick, inputs = FastFlux(transformer, TREE), make_inputs()
+    inputs |= {"txt_ids": inputs["txt_ids"] + 0.4, "img_ids": inputs["img_ids"].long()}
+    want = run(transformer, inputs, attention_mask=TREE.attention_mask(4, 6)[None, None])
+    torch.testing.assert_close(run(quick, inputs), want, **FLUX_TOLERANCE)
+
+
+def test_denoise_refuses_rows_of_another_transformer(transformer):
+    quick, inputs = FastFlux(transformer, TREE), make_inputs()
+    layout = quick.layout_of_ids(inputs["img_ids"], inputs["txt_ids"])
+    given = inputs["hidden_states"], inputs["encoder_hidden_states"]
+    with pytest.raises(ValueError, match=r"modulation must be \[2, 17, 32\], got \[2, 5, 32\]"):
+        quick.denoise(*given, torch.zeros(2, 5, 32), layout)

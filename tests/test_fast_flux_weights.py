@@ -1,6 +1,8 @@
 """FastFlux and the weights of its transformer: shared, changed, adapted, moved, saved."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -69,9 +71,10 @@ def test_weights_are_shared_and_none_is_copied(transformer):
     run(quick, make_inputs())
     held = storages(transformer)
     assert sum(storage.nbytes() for storage in held) == before
-    packed = [double.img_qkv for double in quick._double] + [s.qkv_mlp for s in quick._single]
-    for linear in packed:
-        assert any(s.data_ptr() == linear._weight.untyped_storage().data_ptr() for s in held)
+    attn = transformer.single_transformer_blocks[0].attn
+    memory = attn.to_q.weight.untyped_storage()
+    assert memory.data_ptr() == attn.to_v.weight.untyped_storage().data_ptr()
+    assert len(held) < len(list(transformer.parameters()))
 
 
 def test_weights_that_change_in_place_are_seen(quick):
@@ -180,7 +183,9 @@ def test_graphs_of_modulation_made_ahead(graphed):
     for i, t in enumerate((0.9, 0.3)):
         given = inputs["hidden_states"], inputs["encoder_hidden_states"], rows[i : i + 1]
         want = dense(graphed.transformer, inputs | {"timestep": torch.tensor([t])})
-        torch.testing.assert_close(graphed.denoise(*given, *ids), want, **FLUX_TOLERANCE)
+        torch.testing.assert_close(
+            graphed.denoise(*given, graphed.layout_of_ids(*ids)), want, **FLUX_TOLERANCE
+        )
     assert len(graphed.pool.tapes) == 1
 
 
@@ -246,3 +251,45 @@ def test_modulation_weights_that_are_put_away_are_fetched(quick, monkeypatch):
     )  # fmt: skip
     assert torch.equal(run(quick, make_inputs()), want)
     assert fetched == [linear]
+
+
+def test_a_graph_of_weights_that_learn_is_refused(graphed):
+    add_lora(graphed)
+    with torch.enable_grad(), pytest.raises(ValueError, match="an input or a weight requires one"):
+        run(graphed, make_inputs())
+
+
+def test_weights_made_in_inference_mode_stay_usable():
+    with torch.inference_mode():
+        transformer = make_transformer()
+        inputs = make_inputs()
+        want = dense(transformer, inputs)
+        quick = FastFlux(transformer, TREE)
+        torch.testing.assert_close(run(quick, inputs), want, **FLUX_TOLERANCE)
+        torch.testing.assert_close(dense(transformer, inputs), want, rtol=0, atol=0)
+
+
+def test_no_memory_of_moved_weights_stays_alive(transformer):
+    quick, idle = FastFlux(transformer, TREE), FastFlux(transformer, TREE)
+    run(quick, make_inputs())
+    old = weakref.ref(transformer.single_transformer_blocks[0].attn.to_q.weight.untyped_storage())
+    transformer.to(torch.float64)
+    gc.collect()
+    assert old() is None
+    assert idle.tree is quick.tree
+
+
+def test_a_hook_that_comes_after_the_capture_is_heard(graphed):
+    assert_right(graphed)
+    linear = graphed.transformer.single_transformer_blocks[0].proj_mlp
+    hook = linear.register_forward_hook(lambda _module, _args, out: 2 * out)
+    assert_right(graphed)
+    hook.remove()
+    assert_right(graphed)
+
+
+def test_a_graph_knows_its_rule(graphed):
+    assert_right(graphed)
+    graphed.rule = "isolated"
+    want = dense(graphed.transformer, make_inputs(), rule="isolated")
+    assert_as_dense(graphed, make_inputs(), want)
