@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sda_fast.cuda_graphs import GraphCache
 from sda_fast.fast_flux import FastFlux
+from sda_fast.fast_memory import advised
 from sda_fast.hierarchy import Hierarchy
 
 KEPT = 4  # FastFlux of different trees and rules, which share their weights
@@ -122,7 +123,9 @@ class FastDecoder:
                 velocity = fast.denoise(latents, prompt_embeds, rows[i], layout)
                 latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
                 bar.update()
-        picture = self._picture(latents, height, width)
+        what = f"the VAE's decoding of {len(latents)} pictures of {height} x {width}"
+        with advised(what, "fewer pictures at once, or flux.vae.enable_tiling()"):
+            picture = self._picture(latents, height, width)
         return flux.image_processor.postprocess(picture, output_type=output)
 
     def _noise(

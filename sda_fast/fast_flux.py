@@ -15,7 +15,7 @@ from sda_fast.embedding import SemanticEmbedding
 from sda_fast.fast_blocks import DoubleBlock, Rotary, SingleBlock, Stream
 from sda_fast.fast_checkpoints import POLICIES, Checkpoint
 from sda_fast.fast_checks import check_call, check_model, check_now, refuse_controlnet
-from sda_fast.fast_memory import forward_bytes, kept_bytes, told
+from sda_fast.fast_memory import advised, forward_bytes, kept_bytes, told
 from sda_fast.flux_layout import Layout, LayoutMemory
 from sda_fast.flux_modulation import Modulation, modulation_linears, modulation_rows, rows_of
 from sda_fast.hierarchy import RULES, Hierarchy
@@ -143,7 +143,8 @@ class FastFlux(nn.Module):
         Calls do it where they see that it is due. What they cannot see is a write through ``.data``
         under "fp8", as LoRA's fusing is when it is done on the transformer and not on this.
         """
-        with torch.no_grad():
+        room = "those of a layer again" if self.precision is None else "half as much again"
+        with torch.no_grad(), advised("packing weights", f"beside them it takes {room}"):
             for product in self._products():
                 product.pack(anew=True)
 
@@ -212,9 +213,11 @@ class FastFlux(nn.Module):
             guidance: [N], for a transformer with guidance embeddings, else None.
 
         Returns:
-            [N, R, C], what ``denoise`` takes.
+            [N, R, C], for ``denoise``.
         """
-        with torch.no_grad():
+        each = rows_of(self.transformer) * self.transformer.inner_dim * self.dtype.itemsize / 2**20
+        advice = f"fewer steps or pictures at once; each takes {each:.1f} MiB, and their sum twice"
+        with torch.no_grad(), advised(f"the modulation of {len(timestep)} forwards", advice):
             return modulation_rows(self.transformer, timestep, pooled, guidance)
 
     def offload_modulation(self) -> None:
@@ -392,7 +395,6 @@ class FastFlux(nn.Module):
             img, txt = keep(block, img, txt, modulation.double(i), modulation.after_double(i))
         joint: Stream = torch.cat([txt[0], img[0]], 1), torch.cat([txt[1], img[1]], 1)
         for i, single in enumerate(self._single):
-            gate = modulation.single(i)[2]
             block = partial(single, rotary=rotary, attend=attend)
-            joint = keep(block, joint, gate, modulation.after_single(i))
+            joint = keep(block, joint, modulation.single(i)[2], modulation.after_single(i))
         return model.proj_out(joint[1][:, positions.shape[1] :])

@@ -67,5 +67,22 @@ def told(transformer: Any, what: str, batch: int, tokens: int, each: int) -> Ite
         ) from error
 
 
+@contextmanager
+def advised(what: str, advice: str) -> Iterator[None]:
+    """While open, an error for want of memory says what was being made and what to do.
+
+    Args:
+        what: was being made.
+        advice: what would fit.
+
+    Raises:
+        torch.OutOfMemoryError: with such a message.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"out of memory in {what}: {advice} ({error})") from error
+
+
 def _size_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sda_fast.embedding import SemanticEmbedding
@@ -21,7 +22,9 @@ def prompt_of(flux: Any, emb: SemanticEmbedding, text: Tensor | None) -> dict[st
             has no CLIP text encoder.
     """
     config = flux.transformer.config
-    emb = emb.to(flux._execution_device, flux.transformer.dtype)
+    to = flux._execution_device, flux.transformer.dtype
+    pooled = None if emb.pooled is None else _moved(emb.pooled, *to)
+    emb = SemanticEmbedding(_moved(emb.tokens, *to), emb.tree, pooled)
     pooled = empty_prompt(flux) if emb.pooled is None else emb.pooled
     for name, t, field in (
         ("tokens", emb.tokens, "joint_attention_dim"),
@@ -36,6 +39,13 @@ def prompt_of(flux: Any, emb: SemanticEmbedding, text: Tensor | None) -> dict[st
         "prompt_embeds": append_text(emb.tokens, text),
         "pooled_prompt_embeds": pooled_vector(emb.tokens, pooled),
     }
+
+
+def _moved(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Through pinned memory from the CPU to a GPU: so nothing waits for the copy."""
+    if t.device.type == "cpu" and device.type == "cuda":
+        t = t.pin_memory()
+    return t.to(device, dtype, non_blocking=True)
 
 
 def empty_prompt(flux: Any) -> Tensor:

@@ -230,3 +230,14 @@ def test_the_vae_s_settings_are_seen(pipe, graphs):
     found = pipe.decode(*args, output="pt")
     want = pipe.decode(*args, output="pt", attention="mask")
     torch.testing.assert_close(found, want, **CLOSE)
+
+
+def test_want_of_memory_in_the_vae_says_what_would_fit(pipe, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate much")
+
+    pipe.compile()
+    monkeypatch.setattr(type(pipe.flux.vae), "decode", full)
+    words = "VAE's decoding of 2 pictures of 48 x 32: fewer pictures at once, or .*enable_tiling"
+    with pytest.raises(torch.OutOfMemoryError, match=words):
+        pipe.decode(make_embedding(), 48, 32, 1)

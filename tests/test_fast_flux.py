@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sda_fast import fast_blocks, fast_memory
+from sda_fast import fast_blocks, fast_flux, fast_memory
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.fast_flux import FastFlux
 from sda_fast.hierarchy import RULES
+from sda_fast.packed_linear import PackedLinear
 
 from .attached_flux import FLUX_TOLERANCE, TREE, dense, make_inputs, make_transformer, run
 from .tiny_flux import WIDTH
@@ -282,3 +283,20 @@ def test_all_kernels_together_equal_the_stock_transformer(kernels, tiles):
     )
     for a, b in zip(by_kernels, by_torch, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("part", ["pack", "modulation"])
+def test_want_of_memory_elsewhere_says_what_would_fit(transformer, part, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate much")
+
+    quick, inputs = fast(transformer), make_inputs()
+    monkeypatch.setattr(PackedLinear, "pack", full)
+    monkeypatch.setattr(fast_flux, "modulation_rows", full)
+    if part == "pack":
+        with pytest.raises(torch.OutOfMemoryError, match=r"in packing weights: beside .* much"):
+            quick.pack()
+    else:
+        args = inputs["timestep"], inputs["pooled_projections"], inputs["guidance"]
+        with pytest.raises(torch.OutOfMemoryError, match=r"modulation of 2 forwards: .* MiB"):
+            quick.modulation(*args)
