@@ -82,6 +82,7 @@ class SemanticPipeline:
         side = self.flux.default_sample_size * self.flux.vae_scale_factor
         self.defaults = defaults or DecodeDefaults(side, side)
         self._decoder: FastDecoder | None = None
+        self._turn: Any = nullcontext()  # of threads, once there is a decoder
         patch_grid(self.defaults.height, self.defaults.width, self.patch, name="default ")
 
     @property
@@ -122,6 +123,7 @@ class SemanticPipeline:
         if graph and not on_gpu:
             raise ValueError(f"graph must be False for weights on a {device}, got True")
         self._decoder = FastDecoder(on_gpu if graph is None else graph)
+        self._turn = self._decoder.turn
         return self
 
     def warmup(self, sizes: Sequence[tuple[int, int]], batch: int = 1) -> None:
@@ -207,8 +209,7 @@ class SemanticPipeline:
         if self._decoder is not None and attention == "op":
             return self._decoder(self.flux, inputs | options, how, output)
         mask_by = attach if attention == "op" else dense_mask
-        turn = nullcontext() if self._decoder is None else self._decoder.turn
-        with turn, mask_by(self.flux.transformer, emb.tree, rule, isolate_level=how[2]):
+        with self._turn, mask_by(self.flux.transformer, emb.tree, rule, isolate_level=how[2]):
             return self.flux(**{**inputs, **options}, output_type=output).images
 
     def reconstruct(
