@@ -1,4 +1,4 @@
-"""RMSNorm of a head and rotary embedding over three axes, in registers: what rope3d kernels share.
+"""RMSNorm of a head and rotary embedding, in registers: what rope3d and norm_rope kernels share.
 
     norm(x) = x / sqrt(mean(x ** 2) + EPS) * weight        (Zhang and Sennrich, arXiv 1910.07467)
 
