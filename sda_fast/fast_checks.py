@@ -95,7 +95,7 @@ def _passed_by(transformer: Any) -> Iterator[nn.Module]:
 def check_call(
     transformer: Any,
     tree: Hierarchy,
-    given: Mapping[str, Tensor | None],
+    given: Mapping[str, Any],
     guidance: Tensor | None,
     joint: Mapping[str, Any] | None,
 ) -> None:
@@ -124,8 +124,23 @@ def check_call(
     if transformer.config.guidance_embeds != (guidance is not None):
         wanted = "be given" if transformer.config.guidance_embeds else "be None"
         raise ValueError(f"guidance must {wanted} for this transformer, got {guidance}")
-    positions = given["encoder_hidden_states"]
-    if positions is not None and positions.shape[1] < tree.num_tokens:
+    latents, positions = given["hidden_states"], given["encoder_hidden_states"]
+    if latents.ndim != 3 or positions.ndim != 3 or len(latents) != len(positions):
+        raise ValueError(
+            "hidden_states and encoder_hidden_states must be [B, S_img, C] and [B, S_txt, C], got "
+            f"{list(latents.shape)} and {list(positions.shape)}"
+        )
+    for name, ids, x in (
+        ("img_ids", given["img_ids"], latents),
+        ("txt_ids", given["txt_ids"], positions),
+    ):
+        if ids.shape[-2:] != (x.shape[1], 3):
+            raise ValueError(f"{name} must be [{x.shape[1]}, 3], got {list(ids.shape)}")
+    of_sample = {name: given[name] for name in ("timestep", "pooled_projections")}
+    for name, t in (of_sample | {"guidance": guidance}).items():
+        if t is not None and (t.ndim == 0 or len(t) not in (1, len(latents))):
+            raise ValueError(f"{name} must be of 1 or {len(latents)} samples, got {list(t.shape)}")
+    if positions.shape[1] < tree.num_tokens:
         raise ValueError(
             f"encoder_hidden_states must hold the {tree.num_tokens} positions of {tree} first, got "
             f"{positions.shape[1]} text tokens"

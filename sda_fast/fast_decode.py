@@ -43,11 +43,11 @@ class FastDecoder:
     callbacks, another scheduler ...) run their own loop around FastFlux. Calls from several
     threads take turns.
 
-    Attributes:
-        turn: held by the call whose turn it is.
-
     Args:
         graph: whether to use CUDA graphs.
+
+    Attributes:
+        turn: held by the call whose turn it is.
     """
 
     def __init__(self, graph: bool) -> None:
@@ -124,7 +124,7 @@ class FastDecoder:
                 latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
                 bar.update()
         what = f"the VAE's decoding of {len(latents)} pictures of {height} x {width}"
-        with advised(what, "fewer pictures at once, or flux.vae.enable_tiling()"):
+        with advised(what, lambda: "fewer pictures at once, or flux.vae.enable_tiling()"):
             picture = self._picture(latents, height, width)
         return flux.image_processor.postprocess(picture, output_type=output)
 

@@ -1,6 +1,7 @@
-"""A frozen FLUX transformer, run from fused operators: same weights, same outputs, less time."""
+"""A frozen FLUX transformer, run from fused operators: same weights, same outputs, fewer passes."""
 
 import copy
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -15,15 +16,16 @@ from sda_fast.embedding import SemanticEmbedding
 from sda_fast.fast_blocks import DoubleBlock, Rotary, SingleBlock, Stream
 from sda_fast.fast_checkpoints import POLICIES, Checkpoint
 from sda_fast.fast_checks import check_call, check_model, check_now, refuse_controlnet
-from sda_fast.fast_memory import advised, forward_bytes, kept_bytes, told
+from sda_fast.fast_memory import advised, forward_bytes, kept_bytes, room_for
 from sda_fast.flux_layout import Layout, LayoutMemory
 from sda_fast.flux_modulation import Modulation, modulation_linears, modulation_rows, rows_of
+from sda_fast.flux_stand_in import StandIn
 from sda_fast.hierarchy import RULES, Hierarchy
 from sda_fast.ops import ada_norm
 from sda_fast.packed_linear import PackedLinear
 
 
-class FastFlux(nn.Module):
+class FastFlux(StandIn):
     """Stands in for a FluxTransformer2DModel whose text tokens are the positions of a hierarchy.
 
     Takes what the transformer's own ``forward`` takes and gives what that would give with the dense
@@ -48,8 +50,8 @@ class FastFlux(nn.Module):
 
     Raises:
         TypeError: transformer is no FluxTransformer2DModel or tree no Hierarchy.
-        ValueError: rule or isolate_level is unknown, or the transformer carries what this cannot
-            run: an IP-Adapter, hooks of offload or of a cache, dropout, another norm.
+        ValueError: rule, isolate_level or precision is unknown, or the transformer carries what
+            this cannot run: an IP-Adapter, hooks of offload or of a cache, dropout, another norm.
     """
 
     def __init__(
@@ -62,15 +64,14 @@ class FastFlux(nn.Module):
         precision: str | None = None,
         graph: bool = False,
     ) -> None:
-        super().__init__()
         check_model(transformer)
+        super().__init__(transformer)
         if not isinstance(tree, Hierarchy):
             raise TypeError(f"tree must be a Hierarchy, got {type(tree).__name__}")
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
         if precision not in (None, "fp8"):
             raise ValueError(f"precision must be None or 'fp8', got {precision!r}")
-        self.transformer: Any = transformer
         self.tree, self.rule, self.graph, self.precision = tree, rule, graph, precision
         self.isolate_level = tree.check_isolate_level(isolate_level)
         model, fp8 = self.transformer, precision == "fp8"
@@ -78,22 +79,7 @@ class FastFlux(nn.Module):
         self._single = [SingleBlock(block, fp8) for block in model.single_transformer_blocks]
         self._layouts = LayoutMemory(self.transformer.pos_embed)
         self._graphs = GraphCache()
-        self.train(self.transformer.training)
-        self.__module__ = FluxTransformer2DModel.__module__  # what a pipeline's index tells
         self.pack()
-
-    @property
-    def __class__(self) -> type:  # pyrefly: ignore[bad-override]
-        """diffusers looks for adapters and for what to save on models of its own classes only."""
-        return FluxTransformer2DModel
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "transformer":  # not there yet
-                raise
-            return getattr(super().__getattr__("transformer"), name)
 
     def __deepcopy__(self, memo: dict) -> "FastFlux":
         # blocks and graphs are of this transformer: those of the copy are made anew
@@ -105,22 +91,6 @@ class FastFlux(nn.Module):
             precision=self.precision,
             graph=self.graph,
         )
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        """Those of the transformer, by its names; so are the parameters."""
-        return self.transformer.named_modules(*args, **kwargs)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """That of the transformer."""
-        return self.transformer.get_submodule(target)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the transformer."""
-        return self.transformer.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Into the transformer."""
-        return self.transformer.load_state_dict(*args, **kwargs)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """As the transformer's; fp8 is quantised anew."""
@@ -144,7 +114,7 @@ class FastFlux(nn.Module):
         under "fp8", as LoRA's fusing is when it is done on the transformer and not on this.
         """
         room = "those of a layer again" if self.precision is None else "half as much again"
-        with torch.no_grad(), advised("packing weights", f"beside them it takes {room}"):
+        with torch.no_grad(), advised("packing weights", lambda: f"beside them it takes {room}"):
             for product in self._products():
                 product.pack(anew=True)
 
@@ -217,7 +187,10 @@ class FastFlux(nn.Module):
         """
         each = rows_of(self.transformer) * self.transformer.inner_dim * self.dtype.itemsize / 2**20
         advice = f"fewer steps or pictures at once; each takes {each:.1f} MiB, and their sum twice"
-        with torch.no_grad(), advised(f"the modulation of {len(timestep)} forwards", advice):
+        with (
+            torch.no_grad(),
+            advised(f"the modulation of {len(timestep)} forwards", lambda: advice),
+        ):
             return modulation_rows(self.transformer, timestep, pooled, guidance)
 
     def offload_modulation(self) -> None:
@@ -320,7 +293,7 @@ class FastFlux(nn.Module):
         rows = modulation_rows(self.transformer, t, emb.pooled.to(dtype), scale)
         tokens = x_t.shape[1] + self.tree.num_tokens
         each = kept_bytes(self.transformer, tokens, checkpoint)
-        with told(self.transformer, "the forward of a training step", len(x_t), tokens, each):
+        with self._told("the forward of a training step", len(x_t), tokens, each):
             return self._from_rows(
                 x_t.to(dtype), emb.tokens.to(dtype), *layout.rotary, rows,
                 layout=layout, keep=self._checkpoint(checkpoint),
@@ -332,11 +305,15 @@ class FastFlux(nn.Module):
         inputs = latents, positions, *layout.rotary, rows
         batch, tokens = len(latents), latents.shape[1] + positions.shape[1]
         each = forward_bytes(self.transformer, tokens)
-        with told(self.transformer, "a forward", batch, tokens, each):
+        with self._told("a forward", batch, tokens, each):
             if self.graph:
                 return self._by_graph(function, inputs, layout)
             recompute = self.transformer.gradient_checkpointing
             return function(*inputs, keep=self._checkpoint("full" if recompute else "none"))
+
+    def _told(self, what: str, batch: int, tokens: int, each: int) -> AbstractContextManager[None]:
+        about = f"{what} for {batch} pictures of {tokens} tokens each"
+        return advised(about, lambda: room_for(self.transformer, each))
 
     def _checkpoint(self, policy: str) -> Checkpoint:
         drops = [m for m in self.transformer.modules() if isinstance(m, nn.Dropout)]

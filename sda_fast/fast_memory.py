@@ -1,6 +1,6 @@
 """What FastFlux needs of a GPU's memory, and what it says when that is not there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,40 +40,30 @@ def kept_bytes(transformer: Any, tokens: int, checkpoint: str) -> int:
     return widths * tokens * transformer.inner_dim * transformer.dtype.itemsize
 
 
-@contextmanager
-def told(transformer: Any, what: str, batch: int, tokens: int, each: int) -> Iterator[None]:
-    """While open, an error for want of memory says what was being made and what would fit.
+def room_for(transformer: Any, each: int) -> str:
+    """How many pictures fit a GPU beside the weights, in words.
 
     Args:
         transformer: whose weights are there already.
-        what: was being made.
-        batch: pictures.
-        tokens: of each, text and image.
         each: bytes that a picture takes.
-
-    Raises:
-        torch.OutOfMemoryError: with such a message.
     """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        weights = sum(p.nbytes for p in transformer.parameters() if p.device.type != "cpu")
-        size = _size_of(transformer.device)
-        fit = max(0, int((size - weights) // each))
-        raise torch.OutOfMemoryError(
-            f"out of memory in {what} for {batch} pictures of {tokens} tokens each: a picture "
-            f"takes about {each / 2**30:.2f} GiB, and beside the weights ({weights / 2**30:.1f} of "
-            f"{size / 2**30:.1f} GiB) about {fit} fit, if nothing else is there ({error})"
-        ) from error
+    weights = sum(p.nbytes for p in transformer.parameters() if p.device.type != "cpu")
+    size = _size_of(transformer.device)
+    fit = max(0, int((size - weights) // each))
+    return (
+        f"a picture takes about {each / 2**30:.2f} GiB, and beside the weights "
+        f"({weights / 2**30:.1f} of {size / 2**30:.1f} GiB) about {fit} fit, if nothing else is "
+        "there"
+    )
 
 
 @contextmanager
-def advised(what: str, advice: str) -> Iterator[None]:
-    """While open, an error for want of memory says what was being made and what to do.
+def advised(what: str, advice: Callable[[], str]) -> Iterator[None]:
+    """While open, an error for want of memory says what was being made and what would fit.
 
     Args:
         what: was being made.
-        advice: what would fit.
+        advice: what would fit, worked out when it is needed.
 
     Raises:
         torch.OutOfMemoryError: with such a message.
@@ -81,7 +71,7 @@ def advised(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"out of memory in {what}: {advice} ({error})") from error
+        raise torch.OutOfMemoryError(f"out of memory in {what}: {advice()} ({error})") from error
 
 
 def _size_of(device: torch.device) -> int:

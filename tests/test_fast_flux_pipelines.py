@@ -143,7 +143,17 @@ BAD_CALLS = [
     ({"joint_attention_kwargs": {"ip_hidden_states": 1}}, "must hold nothing but scale"),
     ({"controlnet_block_samples": [1]}, "runs no ControlNet"),
     ({"controlnet_single_block_samples": [1]}, "runs no ControlNet"),
-    ({"encoder_hidden_states": torch.zeros(2, 5, WIDTH)}, "must hold the 27 positions of"),
+    (
+        {"encoder_hidden_states": torch.zeros(2, 5, WIDTH), "txt_ids": torch.zeros(5, 3)},
+        "must hold the 27 positions of",
+    ),
+    ({"encoder_hidden_states": torch.zeros(3, 27, WIDTH)}, r"got \[2, 24, 16\] and \[3, 27, 32\]"),
+    ({"hidden_states": torch.zeros(24, 16)}, r"must be \[B, S_img, C\] and .* got \[24, 16\]"),
+    ({"img_ids": torch.zeros(23, 3)}, r"img_ids must be \[24, 3\], got \[23, 3\]"),
+    ({"txt_ids": torch.zeros(26, 3)}, r"txt_ids must be \[27, 3\], got \[26, 3\]"),
+    ({"timestep": torch.zeros(3)}, r"timestep must be of 1 or 2 samples, got \[3\]"),
+    ({"guidance": torch.zeros(3)}, r"guidance must be of 1 or 2 samples, got \[3\]"),
+    ({"pooled_projections": torch.zeros(3, WIDTH)}, "pooled_projections must be of 1 or 2 samples"),
 ]
 
 

@@ -71,10 +71,19 @@ def test_weights_are_shared_and_none_is_copied(transformer):
     run(quick, make_inputs())
     held = storages(transformer)
     assert sum(storage.nbytes() for storage in held) == before
-    attn = transformer.single_transformer_blocks[0].attn
-    memory = attn.to_q.weight.untyped_storage()
-    assert memory.data_ptr() == attn.to_v.weight.untyped_storage().data_ptr()
-    assert len(held) < len(list(transformer.parameters()))
+    groups = [
+        [attn.to_q, attn.to_k, attn.to_v] + ([block.proj_mlp] if hasattr(block, "proj_mlp") else [])
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+        for attn in [block.attn]
+    ]
+    groups += [
+        [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
+        for attn in (block.attn for block in transformer.transformer_blocks)
+    ]
+    for group in groups:
+        for name in ("weight", "bias"):
+            assert len({getattr(m, name).untyped_storage().data_ptr() for m in group}) == 1
+    assert len(held) == len(list(transformer.parameters())) - 2 * sum(len(g) - 1 for g in groups)
 
 
 def test_weights_that_change_in_place_are_seen(quick):
