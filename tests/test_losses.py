@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from train.losses import cosine_penalty, flow_matching_loss, resolution_shift, sample_t
+from sda_fast.losses import cosine_penalty, flow_matching_loss, resolution_shift, sample_t
 
 
 def test_flow_matching_loss_is_zero_for_the_true_velocity_and_follows_the_path():

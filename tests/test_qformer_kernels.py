@@ -12,7 +12,7 @@ from sda_fast.hierarchy import Hierarchy
 from sda_fast.scenes.render import render
 from sda_fast.scenes.world import SMALL, sample_scenes
 from train import scenes_text
-from train.losses import cosine_penalty, flow_matching_loss, sample_t
+from sda_fast.losses import cosine_penalty, flow_matching_loss, sample_t
 from train.scenes_text import Velocity, pack
 
 from .tiny_scenes import POOLED, SIZE, tiny_scenes_pipeline

@@ -12,7 +12,7 @@ from sda_fast.hierarchy import Hierarchy
 from sda_fast.pipeline_folder import load_flux
 from sda_fast.scenes.models import PATCH, POOLED
 from train.config import AdapterConfig
-from train.losses import cosine_penalty, flow_matching_loss, sample_t
+from sda_fast.losses import cosine_penalty, flow_matching_loss, sample_t
 from train.scenes_text import Velocity, draw, pack, sheet_of
 from train.stage import WORLDS, draw_scenes, seeded
 
@@ -22,7 +22,7 @@ PARTS: tuple[Literal["flux", "clip", "dino"], ...] = ("flux", "clip", "dino")
 class AdapterStage:
     """The adapter learns what makes the frozen decoder rebuild the picture.
 
-    loss = flow matching + config.penalty * cosine penalty; see train.losses and train.stage.Stage.
+    loss = flow matching + config.penalty * cosine penalty; see sda_fast.losses and train.stage.Stage.
     """
 
     def __init__(self, config: AdapterConfig) -> None:

@@ -10,7 +10,7 @@ from sda_fast.scenes.captions import caption
 from sda_fast.scenes.models import POOLED, build_flux, token_ids
 from sda_fast.scenes.world import sample_scenes
 from train.config import TrainConfig
-from train.losses import flow_matching_loss, sample_t
+from sda_fast.losses import flow_matching_loss, sample_t
 from train.stage import WORLDS, draw_scenes, seeded
 
 
