@@ -14,6 +14,8 @@ SUITES = {
     "qformer": "rotated attention and the adapter: time and memory against their competitors",
     "quality": "how well the shipped model rebuilds unseen scenes",
     "report": "write the README's tables and pictures from bench/results",
+    "scaling": "ranks on the CPU: bytes sent a step, and what of the all-reduce is hidden",
+    "training": "whole training steps of full size against stock diffusers; the trainer's waits",
     "tune": "tiles of the attention kernels: which is right and the fastest",
 }
 """Modules of bench (``-`` is ``_``) that have a ``main``; a suite is imported when it runs."""

@@ -1,14 +1,9 @@
-"""What an attention or a FLUX step must at least compute and move: pure functions."""
-
-from collections.abc import Mapping
-from typing import Any
+"""What an attention must at least compute and move: pure functions. Models are in sda_fast.cost."""
 
 from bench.cases import Case
-
-BACKWARD = 2.5
-"""FLOPs of the backward over those of the forward: five matrix products instead of two."""
-TIME_CHANNELS = 256
-"""Of FLUX's sinusoidal embedding of a time."""
+from sda_fast.cost import BACKWARD
+from sda_fast.cost import flux_flops as flux_flops
+from sda_fast.cost import modulation_weights as modulation_weights
 
 
 def allowed_pairs(case: Case) -> int:
@@ -56,45 +51,6 @@ def attention_bytes(case: Case, backward: bool) -> int:
     """Of q, k, v and out, each moved once; with the backward of their gradients too."""
     one = case.batch * case.seq_len * case.heads * case.head_dim * case.dtype.itemsize
     return (8 if backward else 4) * one
-
-
-def flux_flops(config: Mapping[str, Any], txt: int, img: int, backward: bool = False) -> float:
-    """FLOPs of a FLUX transformer for one picture: matrix products and attention over all pairs.
-
-    A double block has 12 d * d weights for each token of a stream (q, k, v, out, and an MLP four
-    times as wide), a single block as many for each of all; a token meets each of them once, 2 FLOPs
-    a weight. Attention is 4 S * S * d a block; what a mask leaves out is counted, as the kernels
-    that it is compared with do it. Source: diffusers' transformer_flux.py.
-
-    Args:
-        config: of a FluxTransformer2DModel.
-        txt: text tokens.
-        img: image tokens.
-        backward: with the gradients of both inputs, none of weights: each product of a token once
-            more, and attention as in ``attention_flops``.
-    """
-    d = config["num_attention_heads"] * config["attention_head_dim"]
-    blocks, seq = config["num_layers"] + config["num_single_layers"], txt + img
-    embed = txt * config["joint_attention_dim"] + 2 * img * config["in_channels"]
-    linear = 2 * d * (12 * d * seq * blocks + embed)
-    attention = 4 * seq * seq * d * blocks
-    modulation = 2 * modulation_weights(config)
-    if backward:
-        linear, attention = 2 * linear, (1 + BACKWARD) * attention
-    return linear + attention + modulation
-
-
-def modulation_weights(config: Mapping[str, Any]) -> int:
-    """Weights that see one row a picture: of time, guidance and pooled text, and of all norms.
-
-    Args:
-        config: of a FluxTransformer2DModel.
-    """
-    d = config["num_attention_heads"] * config["attention_head_dim"]
-    norms = 12 * config["num_layers"] + 3 * config["num_single_layers"] + 2
-    times = 1 + bool(config["guidance_embeds"])
-    embedders = times * (TIME_CHANNELS + d) + config["pooled_projection_dim"] + d
-    return d * (norms * d + embedders)
 
 
 def norm_rope_bytes(tokens: int, width: int, parts: int, itemsize: int) -> int:

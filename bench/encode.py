@@ -25,19 +25,11 @@ from bench.records import Record
 from bench.suite import Suite, Work
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.images import group_by_size
+from sda_fast.shapes import CLIP_VIT_H as CLIP
+from sda_fast.shapes import DINOV2_VIT_L as DINO
 
 RUNS = 20
 """Encodings that are taken apart, after those that are timed whole."""
-CLIP = {
-    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
-    "num_attention_heads": 16, "patch_size": 14, "image_size": 378, "hidden_act": "quick_gelu",
-}  # fmt: skip
-"""ViT-H/14 at 378 pixels. Source: config.json of apple/DFN5B-CLIP-ViT-H-14-378."""
-DINO = {
-    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
-    "image_size": 518, "mlp_ratio": 4,
-}  # fmt: skip
-"""ViT-L/14. Source: config.json of facebook/dinov2-large."""
 TINY = {
     "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8,
     "image_size": 32,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.command import command
-from bench.cost import flux_flops, norm_rope_bytes
+from bench.cost import norm_rope_bytes
 from bench.flux_cases import STEPS, FluxCase, select_flux
 from bench.flux_check import (
     FluxYardstick,
@@ -29,6 +29,7 @@ from bench.flux_variants import LAUNCHES, VARIANTS, FluxVariant, FluxWork, Ready
 from bench.measure import Results, Step
 from bench.records import Record
 from bench.suite import Suite, Unavailable, Work
+from sda_fast.cost import flux_flops
 
 COMPILE_S = 40.0
 """Seconds that a compilation may take: none is begun when fewer are left."""

@@ -8,14 +8,10 @@ from torch import Tensor
 
 from bench.cases import PATCH, THREE_LEVELS, select
 from sda_fast.hierarchy import Hierarchy
+from sda_fast.shapes import FLUX_DEV
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    # Source: transformer/config.json of black-forest-labs/FLUX.1-dev
-    "dev": {
-        "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38,
-        "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56),
-    },
+    "dev": FLUX_DEV,
     "tiny": {
         "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2,
         "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32,

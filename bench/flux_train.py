@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bench.command import command
-from bench.cost import flux_flops
 from bench.flux import COMPILE_S, free_memory
 from bench.flux_cases import GUIDANCE, FluxCase, select_flux_train
 from bench.flux_check import Noted, flux_yardstick, step_and_gradient
@@ -22,6 +21,7 @@ from bench.flux_model import Frozen, Shelf, compile_blocks, run_stock, use_backe
 from bench.measure import Deadline, Results, Step
 from bench.records import Record
 from bench.suite import Suite, Unavailable, Work
+from sda_fast.cost import flux_flops
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.fast_checkpoints import POLICIES
 
@@ -128,7 +128,7 @@ def _stock(
         twin = work.frozen.twin()
         use_backend(twin, "native")
         if checkpointed:
-            twin.enable_gradient_checkpointing(_checkpoint)
+            twin.enable_gradient_checkpointing(recomputed)
         if compiled:
             compile_blocks(twin)
         return lambda: run_stock(twin, work.given, work.mask)
@@ -136,7 +136,8 @@ def _stock(
     return prepare
 
 
-def _checkpoint(block: Callable[..., Any], *args: Any) -> Any:
+def recomputed(block: Callable[..., Any], *args: Any) -> Any:
+    """``block(*args)``, done again in the backward; for ``enable_gradient_checkpointing``."""
     # a block draws nothing: no random state to keep
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
 

@@ -86,7 +86,10 @@ def plain_adapter(adapter: Any, features: Tensor, turns: Turns) -> Tensor:
 def _normed(attention: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q and k after the norms of their heads."""
     weights = attention.norm_q.weight, attention.norm_k.weight
-    q, k = (F.rms_norm(x, w.shape, w, NORM_EPS) for x, w in zip((q, k), weights, strict=True))
+    q, k = (
+        F.rms_norm(x, w.shape, w.to(x.dtype), NORM_EPS)
+        for x, w in zip((q, k), weights, strict=True)
+    )
     return q, k
 
 

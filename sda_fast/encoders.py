@@ -158,13 +158,17 @@ class ImageEncoder(nn.Module):
             layer.requires_grad_(True)
         self.num_trained = max(self.num_trained, num_layers)
 
+    def opened_layers(self) -> dict[int, nn.Module]:
+        """Every layer of dino that was ever opened, by its number."""
+        layers = self._feature_layers()
+        return {i: layers[i] for i in range(len(layers) - self.num_trained, len(layers))}
+
     def trained_layers(self) -> dict[str, Tensor]:
         """Parameters of every layer that was ever opened, as ``dino.layers.INDEX.NAME``."""
-        layers = self._feature_layers()
         return {
             f"dino.layers.{index}.{name}": value
-            for index in range(len(layers) - self.num_trained, len(layers))
-            for name, value in layers[index].state_dict().items()
+            for index, layer in self.opened_layers().items()
+            for name, value in layer.state_dict().items()
         }
 
     @torch.no_grad()

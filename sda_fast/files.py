@@ -1,11 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders whose every bit is accounted for."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+
+MANIFEST = "SHA256SUMS"
+"""In the form that ``sha256sum -c`` reads."""
 
 
 def write_whole(path: str | PathLike[str], data: bytes | str) -> Path:
@@ -55,3 +59,31 @@ def moved_in_when_whole(
                 file.unlink()
         for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == key):
             os.replace(file, folder / file.name)
+
+
+def write_manifest(root: Path) -> None:
+    """Write the sha256 of every file below root to ``SHA256SUMS`` there."""
+    files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    lines = [f"{_sha256(root / name)}  {name}\n" for name in files if name != MANIFEST]
+    (root / MANIFEST).write_text("".join(lines), encoding="utf-8")
+
+
+def check_manifest(root: Path) -> None:
+    """Compare every file that ``SHA256SUMS`` names: a flipped bit would load in silence.
+
+    Raises:
+        ValueError: a file differs or is missing, or the manifest itself is torn.
+    """
+    for line in (root / MANIFEST).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        file = root / name
+        if len(digest) != 64 or not name:
+            raise ValueError(f"{root / MANIFEST} is torn at {line[:80]!r}")
+        if not file.is_file() or _sha256(file) != digest:
+            state = "differs from" if file.is_file() else "is missing, but named in"
+            raise ValueError(f"{file} {state} {MANIFEST}: fetch or save it again")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What the adapter is trained on, as pure functions: rectified flow and the cosine penalty."""
+"""What the adapter is trained on, and whether its positions collapse: pure functions."""
 
 from collections.abc import Callable
 
@@ -73,6 +73,41 @@ def cosine_penalty(tokens: Tensor) -> Tensor:
         cosines = unit @ unit.mT
     off_diagonal = ~torch.eye(count, dtype=torch.bool, device=tokens.device)
     return (cosines.square() * off_diagonal).sum() / max(1, batch * count * (count - 1))
+
+
+def mean_cosine(tokens: Tensor) -> Tensor:
+    """Mean cosine between different positions of a sample: 1 when all have become one.
+
+    Args:
+        tokens: [B, N, C], any float dtype.
+
+    Returns:
+        Scalar f32; 0 where N is 1.
+    """
+    unit = F.normalize(tokens.float(), dim=-1)
+    batch, count, _ = unit.shape
+    # the sum over all pairs, less those of a position with itself
+    every = unit.sum(1).square().sum() - unit.square().sum()
+    return every / max(1, batch * count * (count - 1))
+
+
+def effective_rank(tokens: Tensor) -> Tensor:
+    """Over how many directions the positions of a sample spread: 1 to min(N, C), mean over samples.
+
+        exp(-sum p log p),    p = singular values / their sum
+
+    Roy and Vetterli 2007, https://ieeexplore.ieee.org/document/7098875.
+
+    Args:
+        tokens: [B, N, C], any float dtype, finite.
+
+    Returns:
+        Scalar f32.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        values = torch.linalg.svdvals(tokens.float())
+    p = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.special.entr(p).sum(-1).exp().mean()
 
 
 def resolution_shift(seq_len: int) -> float:

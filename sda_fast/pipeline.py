@@ -22,6 +22,7 @@ from sda_fast.embedding import SemanticEmbedding
 from sda_fast.encoders import ImageEncoder
 from sda_fast.fast_checks import check_model
 from sda_fast.fast_decode import FastDecoder
+from sda_fast.files import write_manifest
 from sda_fast.flux_inputs import patch_grid
 from sda_fast.flux_parts import check_plain
 from sda_fast.flux_prompt import prompt_of
@@ -34,7 +35,6 @@ from sda_fast.pipeline_folder import (
     find_parts,
     load_flux,
     replaced_when_whole,
-    write_manifest,
     write_settings,
 )
 

@@ -4,7 +4,6 @@
 vision encoders, ``semantic_pipeline.json`` holds settings, ``SHA256SUMS`` all checksums.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -23,12 +22,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub.errors import HfHubHTTPError
 
+from sda_fast.files import MANIFEST, check_manifest
 from sda_fast.flux_parts import OWN_VAE, check_loaded, check_parts
 from sda_fast.weights import DTYPE, require_folder, resolve_folder
 
 SHIPPED = "scenes"  # the model that comes with the package
 SETTINGS, CLASS, FORMAT = "semantic_pipeline.json", "SemanticPipeline", 1
-MANIFEST = "SHA256SUMS"  # in the form that `sha256sum -c` reads
 ENCODER_SETTINGS = ("size", "clip_mean", "clip_std", "dino_mean", "dino_std", "squash")
 
 # of diffusers' from_pretrained, for the repository that is fetched
@@ -164,29 +163,6 @@ def write_settings(root: Path, settings: Settings) -> None:
     (root / SETTINGS).write_text(text + "\n", encoding="utf-8")
 
 
-def write_manifest(root: Path) -> None:
-    """Write the sha256 of every file below root to ``SHA256SUMS`` there."""
-    files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    lines = [f"{_sha256(root / name)}  {name}\n" for name in files if name != MANIFEST]
-    (root / MANIFEST).write_text("".join(lines), encoding="utf-8")
-
-
-def check_manifest(root: Path) -> None:
-    """Compare every file that ``SHA256SUMS`` names: a flipped bit would load in silence.
-
-    Raises:
-        ValueError: a file differs or is missing, or the manifest itself is torn.
-    """
-    for line in (root / MANIFEST).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        file = root / name
-        if len(digest) != 64 or not name:
-            raise ValueError(f"{root / MANIFEST} is torn at {line[:80]!r}")
-        if not file.is_file() or _sha256(file) != digest:
-            state = "differs from" if file.is_file() else "is missing, but named in"
-            raise ValueError(f"{file} {state} {MANIFEST}: fetch or save the model again")
-
-
 @contextmanager
 def replaced_when_whole(path: Folder) -> Generator[Path, None, None]:
     """A new folder beside path that takes its place at the end, if nothing was raised.
@@ -310,8 +286,3 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{transformer} in {folder}"
         )
     return index
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import flux_model
-from bench.cost import attention_flops, flux_flops, modulation_weights
+from bench.cost import attention_flops
 from bench.flux import COMPILE_S, Flux, moved_bytes, rope_layers
 from bench.flux_cases import CASES, CONFIGS, GOALS, KINDS, SMALL, FluxCase, select_flux
 from bench.flux_check import LOSSY, euler
@@ -22,6 +22,7 @@ from bench.flux_model import Frozen, Shelf, compile_blocks, run_stock, use_backe
 from bench.flux_variants import LAUNCHES, VARIANTS
 from bench.measure import Deadline
 from sda_fast.attachment import attach
+from sda_fast.cost import flux_flops, modulation_weights
 from sda_fast.fast_flux import FastFlux
 
 from .test_bench_measure import bench_small

@@ -3,7 +3,6 @@
 import pytest
 
 from bench.__main__ import main as bench
-from bench.cost import flux_flops
 from bench.flux_cases import CONFIGS, GOALS, TRAIN_GOALS
 from bench.flux_levers import LEVERS
 from bench.flux_report import GOALS as WANTED
@@ -11,6 +10,7 @@ from bench.flux_report import flux_tables
 from bench.flux_train import VARIANTS as TRAIN_VARIANTS
 from bench.flux_variants import LAUNCHES, VARIANTS
 from bench.records import append_record
+from sda_fast.cost import flux_flops
 
 ROOFS = {"copy": 3e12, "matmul": 800e12}
 

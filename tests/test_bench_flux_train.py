@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from bench import flux_model
-from bench.cost import flux_flops
 from bench.flux import COMPILE_S
 from bench.flux_cases import CONFIGS, TRAIN_CASES, TRAIN_GOALS, TRAIN_SMALL, select_flux_train
 from bench.flux_model import run_stock
 from bench.flux_train import MOST_SMALL, MOST_TRIES, VARIANTS, FluxTrain, TrainWork, largest
 from bench.measure import Deadline
+from sda_fast.cost import flux_flops
 from sda_fast.fast_checkpoints import POLICIES
 
 from .test_bench_measure import bench_small

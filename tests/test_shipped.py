@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sda_fast as sda
-from sda_fast.pipeline_folder import check_manifest
+from sda_fast.files import check_manifest
 from sda_fast.scenes.parser import parse
 from sda_fast.scenes.render import render
 from sda_fast.scenes.score import row, score

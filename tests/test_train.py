@@ -1,5 +1,4 @@
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -7,18 +6,32 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from train.__main__ import app, build_stage
-from train.checkpoint import latest_checkpoint
+from train.checkpoint import newest_valid, read_state
 from train.config import override
+from train.frozen import weights_hash
 from train.loop import train
-from train.plot import read_log
+from train.ranks import Ranks
 from train.recipes import RECIPES
+from train.report import read_log
 from train.scenes_export import export_scenes
 
+# Muon and autocast compute in bf16, which few CPUs can: each is tried in one test
 TINY = ["steps=4", "batch_size=4", "warmup_steps=1", "log_every=1", "checkpoint_every=2"]
+TINY += ["precision=fp32", "muon_lr=0", "eval_pictures=8"]
 
 
 def tiny(recipe, out_dir, *more):
-    return override(RECIPES[recipe](), [*TINY, f"out_dir={out_dir}", *more])
+    config = RECIPES[recipe]()
+    fits = [word for word in TINY if hasattr(config, word.partition("=")[0])]
+    return override(config, [*fits, f"out_dir={out_dir}", *more])
+
+
+def build(config):
+    return build_stage(config, Ranks())
+
+
+def newest(config):
+    return newest_valid(config.folder / "checkpoints", pytest.fail)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +40,7 @@ def chain(tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("runs")
     for recipe in ("scenes-text", "scenes-clip", "scenes-dino"):
         config = tiny(recipe, out_dir)
-        train(config, build_stage(config))
+        train(config, build(config))
     return out_dir
 
 
@@ -41,55 +54,41 @@ def parents(out_dir):
 
 @pytest.mark.parametrize("recipe", ["scenes-adapter", "scenes-flat"])
 def test_an_adapter_trains_through_a_decoder_that_stays_as_it_was(recipe, chain, tmp_path):
-    config = tiny(recipe, tmp_path, *parents(chain), "sheet_every=2")
-    stage = build_stage(config)
-    frozen = [stage.flux.transformer, stage.encoder]
-    before = [{k: t.clone() for k, t in m.state_dict().items()} for m in frozen]
+    config = tiny(recipe, tmp_path, *parents(chain), "eval_every=2")
+    stage = build(config)
+    frozen = [stage.frozen.flux.transformer, stage.frozen.encoder]
+    before = [weights_hash(module) for module in frozen]
     start = {k: t.clone() for k, t in stage.trained.state_dict().items()}
     train(config, stage)
-    for module, had in zip(frozen, before, strict=True):
-        assert all(torch.equal(t, had[k]) for k, t in module.state_dict().items())
+    assert [weights_hash(module) for module in frozen] == before
     moved = [k for k, t in stage.trained.state_dict().items() if not torch.equal(t, start[k])]
-    assert "qformer.queries" in moved
-    assert "mlp.0.weight" in moved
-    rows = [json.loads(line) for line in (config.folder / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert rows[0]["loss"] == pytest.approx(
-        rows[0]["flow"] + config.penalty * rows[0]["penalty"], rel=1e-4
+    assert "adapter.qformer.queries" in moved
+    assert "adapter.mlp.0.weight" in moved
+    rows = read_log(config.folder)
+    assert list(rows) == [1, 2, 3, 4]
+    assert rows[1]["loss"] == pytest.approx(
+        rows[1]["flow"] + config.penalty * rows[1]["penalty"], rel=1e-4
     )
+    assert rows[2]["eval/effective_rank"] > 1
     assert (config.folder / "sheets" / "000002.png").is_file()
-    assert (config.folder / "loss.png").is_file()
+    assert (config.folder / "report.html").is_file()
     assert (config.folder / "export" / "adapter" / "config.json").is_file()
 
 
-def test_a_run_that_was_cut_off_ends_as_an_unbroken_one(tmp_path, monkeypatch):
-    whole, broken = (tiny("scenes-dino", tmp_path / name) for name in ("whole", "broken"))
-    train(whole, build_stage(whole))
-
-    stage = build_stage(broken)
-    losses = stage.losses
-
-    def cut(seed):
-        if seed % 10**9 == 4:
-            raise KeyboardInterrupt
-        return losses(seed)
-
-    monkeypatch.setattr(stage, "losses", cut)
-    with pytest.raises(KeyboardInterrupt):
-        train(broken, stage)
-    assert latest_checkpoint(broken.folder / "checkpoints").name == "step-000002"
-    train(broken, build_stage(broken))
-    a, b = (
-        load_file(latest_checkpoint(config.folder / "checkpoints") / "state.safetensors")
-        for config in (whole, broken)
-    )
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
+def test_muon_and_half_precision_learn_too(chain, tmp_path):
+    config = tiny("scenes-adapter", tmp_path, *parents(chain), "steps=2", "batch_size=2")
+    config = override(config, ["precision=bf16", "muon_lr=3e-3"])
+    stage = build(config)
+    start = {k: t.clone() for k, t in stage.trained.state_dict().items()}
+    train(config, stage)
+    key = "adapter.qformer.layers.0.feed_forward.0.weight"
+    assert not torch.equal(stage.trained.state_dict()[key], start[key])
+    assert f"{key}/momentum_buffer" in read_state(newest(config), "optim/")
 
 
 def test_a_run_does_not_go_on_under_another_config(tmp_path):
     config = tiny("scenes-dino", tmp_path)
-    train(config, build_stage(config))
+    train(config, build(config))
     before = (config.folder / "config.json").read_text()
     for change, message in (
         ("seed=5", r"seed \(was 0, now 5\)"),
@@ -98,20 +97,20 @@ def test_a_run_does_not_go_on_under_another_config(tmp_path):
     ):
         other = override(config, [change])
         with pytest.raises(ValueError, match=message):
-            train(other, build_stage(other))
+            train(other, build(other))
         assert (config.folder / "config.json").read_text() == before
     longer = override(config, ["steps=6", "log_every=2"])
-    train(longer, build_stage(longer))
-    assert latest_checkpoint(config.folder / "checkpoints").name == "step-000006"
+    train(longer, build(longer))
+    assert newest(config).name == "step-000006"
 
 
 def test_a_torn_line_of_the_log_costs_that_line_only(tmp_path):
     config = tiny("scenes-dino", tmp_path)
-    train(config, build_stage(config))
+    train(config, build(config))
     log = config.folder / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 9, "lo')
     longer = override(config, ["steps=5"])
-    train(longer, build_stage(longer))
+    train(longer, build(longer))
     assert sorted(read_log(config.folder)) == [1, 2, 3, 4, 5]
 
 
@@ -120,7 +119,7 @@ def test_the_export_takes_runs_of_one_world_and_replaces_nothing_in_vain(
 ):
     for recipe in ("scenes-adapter", "scenes-flat"):
         config = tiny(recipe, chain)
-        train(config, build_stage(config))
+        train(config, build(config))
     target, flat = tmp_path / "model", tmp_path / "flat"
     written = export_scenes(chain, target, flat)
     assert 5e6 < written < 16e6
@@ -141,34 +140,19 @@ def test_the_export_takes_runs_of_one_world_and_replaces_nothing_in_vain(
 def test_an_encoder_of_another_kind_or_world_is_refused(chain, tmp_path):
     dino = chain / "scenes-dino/export/dino"
     with pytest.raises(ValueError, match="clip"):
-        build_stage(tiny("scenes-adapter", chain, f"clip={dino}"))
+        build(tiny("scenes-adapter", chain, f"clip={dino}"))
     with pytest.raises(ValueError, match="clip must be of world full"):
-        build_stage(tiny("scenes-adapter", chain, "world=full"))
-
-
-def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    (tmp_path / ".step-000009.part").mkdir()
-    (tmp_path / "step-000004").mkdir()
-    assert latest_checkpoint(tmp_path).name == "step-000004"
-    assert latest_checkpoint(tmp_path / "nothing") is None
+        build(tiny("scenes-adapter", chain, "world=full"))
 
 
 def test_the_averaged_weights_are_what_is_exported(chain):
-    folder = chain / "scenes-text"
-    state = load_file(latest_checkpoint(folder / "checkpoints") / "state.safetensors")
-    exported = load_file(folder / "export/flux/transformer/diffusion_pytorch_model.safetensors")
+    path = newest(tiny("scenes-text", chain))
+    model, ema = (read_state(path, f"{kind}/transformer.") for kind in ("model", "ema"))
+    folder = chain / "scenes-text/export/flux/transformer"
+    exported = load_file(folder / "diffusion_pytorch_model.safetensors")
     key = "transformer_blocks.0.attn.to_q.weight"
-    assert torch.equal(exported[key], state[f"ema/transformer.{key}"])
-    assert not torch.equal(exported[key], state[f"model/transformer.{key}"])
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    config = tiny("scenes-dino", tmp_path)
-    stage = build_stage(config)
-    losses = stage.losses
-    monkeypatch.setattr(stage, "losses", lambda seed: {"loss": losses(seed)["loss"] * float("nan")})
-    with pytest.raises(FloatingPointError, match="step 1 of scenes-dino"):
-        train(config, stage)
+    assert torch.equal(exported[key], ema[key])
+    assert not torch.equal(exported[key], model[key])
 
 
 def test_overrides_take_the_type_of_their_field():

@@ -15,10 +15,11 @@ class Batch:
         step: of the run, from 1.
         places: which of the step's pictures these are, of all ranks, from 0.
         ids: names of the pictures, as a person finds them.
-        tensors: "pictures" [B, 3, H, W] uint8, or what was precomputed of them: "features"
-            [B, S, F] and "latents" [B, C, h, w].
+        tensors: "pictures" [B, 3, H, W], uint8 or in [0, 1], or what was precomputed of them:
+            "features" [B, S, F] and "latents" [B, C, h, w].
         size: height and width in pixels, after cropping.
         broken: pictures that could not be read, with the reason; others took their places.
+        texts: captions, where there are some.
     """
 
     step: int
@@ -27,6 +28,7 @@ class Batch:
     tensors: Mapping[str, Tensor]
     size: tuple[int, int]
     broken: Mapping[str, str] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
 
 
 def micro_batches(batch_size: int, micro: int, rank: int, world: int) -> list[range]:

@@ -1,98 +1,231 @@
-"""Checkpoints: a folder a step, made valid by a rename; safetensors only."""
+"""Checkpoints: a new folder each, written beside the training, valid by a last rename.
+
+``checkpoints/step-NNNNNN`` holds safetensors (``torch.distributed.checkpoint`` reads and writes
+them), ``meta.json`` and ``SHA256SUMS``; until it is whole it is ``.part-step-NNNNNN``.
+"""
 
 import json
 import os
 import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 
-from train.config import TrainConfig, describe
+from sda_fast.files import MANIFEST, check_manifest, write_manifest, write_whole
 
-MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "sheet_every", "out_dir")
+META, BEST = "meta.json", "best.json"
+PART = ".part-"
+
+# that a run of many ranks writes by one is meant
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavail")
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    modules: dict[str, nn.Module],
-    optimizers: dict[str, torch.optim.Optimizer],
-) -> Path:
-    """Write ``folder/step-NNNNNN`` whole, then remove the older ones."""
-    tensors: dict[str, Tensor] = {}
-    for name, module in modules.items():
-        tensors |= {f"{name}/{key}": t for key, t in module.state_dict().items()}
-    for name, optimizer in optimizers.items():
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optim.{name}/{index}/{key}": t for key, t in state.items()}
-    target = folder / f"step-{step:06d}"
-    part = folder / f".step-{step:06d}.part"
+class Saver:
+    """Writes checkpoints in a thread; training waits only while tensors are copied.
+
+    Args:
+        folder: of the checkpoints; made at the first save.
+        keep: how many stay, beside the best one.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[None] | None = None
+        self._staged: dict[str, Tensor] = {}
+        self._last = time.monotonic()
+
+    def due(self, minutes: float) -> bool:
+        """Whether the last save began that long ago."""
+        return time.monotonic() - self._last > 60 * minutes
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], wait: bool = False
+    ) -> float:
+        """Copy the tensors, then write ``folder/step-NNNNNN`` and remove what need not stay.
+
+        Args:
+            step: that is finished.
+            tensors: by name, on any device.
+            meta: JSON; "best", if it is there, holds the "step" of a checkpoint that stays.
+            wait: until it is written.
+
+        Returns:
+            Seconds that the caller waited.
+
+        Raises:
+            OSError: this or an earlier one could not be written; what was there is as it was.
+        """
+        start = time.monotonic()
+        self.finish()
+        self._stage(tensors)
+        self._last = time.monotonic()
+        about = {**meta, "step": step}
+        self._written = self._thread.submit(self._write, about)
+        if wait:
+            self.finish()
+        return time.monotonic() - start
+
+    def failed(self) -> bool:
+        """Whether the save in the background is known to have failed."""
+        done = self._written is not None and self._written.done()
+        return done and self._written is not None and self._written.exception() is not None
+
+    def finish(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            OSError: it could not be.
+        """
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def __enter__(self) -> "Saver":
+        for torn in self.folder.glob(f"{PART}*"):
+            shutil.rmtree(torn, ignore_errors=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self._thread.shutdown(wait=True)
+
+    def _stage(self, tensors: Mapping[str, Tensor]) -> None:
+        """A copy in host memory, pinned where that is faster; the room is used again."""
+        for name, t in tensors.items():
+            t = t.detach()
+            room = self._staged.get(name)
+            if room is None or room.shape != t.shape or room.dtype != t.dtype:
+                room = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+            self._staged[name] = room.copy_(t, non_blocking=True)
+        for name in self._staged.keys() - tensors.keys():
+            del self._staged[name]
+        if any(t.is_cuda for t in tensors.values()):
+            torch.cuda.synchronize()
+
+    def _write(self, meta: Mapping[str, Any]) -> None:
+        write_checkpoint(self.folder, self._staged, meta)
+        best = meta.get("best")
+        if best is not None:
+            write_whole(self.folder / BEST, json.dumps(best) + "\n")
+        for old in sorted(self.folder.glob("step-*"), key=step_of)[: -self.keep]:
+            if best is None or step_of(old) != best["step"]:
+                shutil.rmtree(old)
+
+
+def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+    """Write ``folder/step-NNNNNN`` whole; meta holds the step.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = folder / f"step-{meta['step']:06d}"
+    part = folder / f"{PART}{target.name}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    save_file(
-        {k: t.detach().clone().contiguous() for k, t in tensors.items()}, part / "state.safetensors"
-    )
-    (part / "meta.json").write_text(json.dumps({"step": step}))
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(part, target)
-    for old in folder.glob("step-*"):
-        if old != target:
-            shutil.rmtree(old)
+    try:
+        writer = HuggingFaceStorageWriter(str(part))
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+        (part / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
+        write_manifest(part)
+        for file in (*part.iterdir(), part):
+            _sync(file)
+        # a checkpoint of the same step is this one, from before a resume
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(part, target)
+        _sync(folder)
+    except CheckpointException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise _cause(error, target) from error
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise _named(error, target) from error
     return target
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint below folder, or None."""
-    return max(folder.glob("step-*"), default=None)
+def newest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest whole checkpoint below folder, or None.
+
+    Args:
+        folder: of checkpoints; it need not be there.
+        warn: is told of every newer one that is not whole, by name.
+    """
+    for path in sorted(folder.glob("step-*"), key=step_of, reverse=True):
+        try:
+            check_checkpoint(path)
+        except (OSError, ValueError) as error:
+            warn(f"{path} is passed over: {error}")
+        else:
+            return path
+    return None
 
 
-def check_resume(config: TrainConfig, newest: Path | None) -> None:
-    """Refuse to go on from a checkpoint of another run.
-
-    How long a run is, how often it reports and where it lies may change; nothing else.
+def check_checkpoint(path: Path) -> None:
+    """See that a checkpoint is whole, bit for bit.
 
     Raises:
-        ValueError: the run's folder was made by another config, or is past config.steps.
+        OSError: something is missing.
+        ValueError: something differs from its manifest.
     """
-    if newest is None:
-        return
-    done = json.loads((newest / "meta.json").read_text())["step"]
-    if done > config.steps:
-        raise ValueError(f"steps must be at least the {done} that are done, got {config.steps}")
-    had = json.loads((config.folder / "config.json").read_text())
-    now = json.loads(describe(config))
-    changed = [
-        f"{key} (was {had.get(key)}, now {now.get(key)})"
-        for key in sorted(had.keys() | now.keys())
-        if key not in MAY_CHANGE and had.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ValueError(
-            f"{config.folder} holds a run of another config: {', '.join(changed)}; "
-            f"choose another out_dir or remove it"
-        )
+    check_manifest(path)
+    listed = (path / MANIFEST).read_text(encoding="utf-8")
+    if META not in listed or ".safetensors" not in listed:
+        raise ValueError(f"{path / MANIFEST} names no state: it is torn")
 
 
-def load_checkpoint(
-    path: Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
-) -> int:
-    """Restore modules and optimizers in place; return the step that was finished."""
-    tensors = load_file(path / "state.safetensors")
-    for name, module in modules.items():
-        prefix = f"{name}/"
-        module.load_state_dict(
-            {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        )
-    for name, optimizer in optimizers.items():
-        state: dict[int, dict[str, Any]] = {}
-        for key, t in tensors.items():
-            if key.startswith(f"optim.{name}/"):
-                _, index, field = key.split("/")
-                state.setdefault(int(index), {})[field] = t
-        optimizer.load_state_dict(
-            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-        )
-    return int(json.loads((path / "meta.json").read_text())["step"])
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: "step", and what the run wrote."""
+    return json.loads((path / META).read_text(encoding="utf-8"))
+
+
+def read_state(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with prefix, without it, on the CPU."""
+    found = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, it is no dict
+                if name.startswith(prefix):
+                    found[name.removeprefix(prefix)] = tensors.get_tensor(name)
+    return found
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named after; -1 if it is no such name."""
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _sync(path: Path) -> None:
+    # a rename is no good if a power cut leaves what was renamed empty
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cause(error: CheckpointException, target: Path) -> OSError:
+    """What went wrong beneath torch.distributed.checkpoint."""
+    first = next(iter(error.failures.values()))[0]
+    if isinstance(first, OSError):
+        return _named(first, target)
+    return OSError(f"{target} could not be written: {first!r}")
+
+
+def _named(error: OSError, target: Path) -> OSError:
+    return OSError(error.errno, f"{target} could not be written: {error.strerror or error}")

@@ -7,18 +7,29 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+POSITIVE = (
+    "steps", "batch_size", "log_every", "checkpoint_every", "eval_every", "keep",
+    "nonfinite_limit",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """One run of any stage; every field is written into the run's folder."""
 
     name: str
-    stage: Literal["text", "clip", "dino", "adapter"]
+    """Of the run's folder; a recipe's own unless it is set."""
+    stage: Literal["text", "clip", "dino", "adapter", "flux"]
     steps: int
     batch_size: int = 64
+    """Pictures of a step, over all ranks."""
+    micro_batch: int | None = None
+    """Pictures a rank computes on at a time; none: its whole share of a step."""
     world: Literal["small", "full"] = "small"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of what is computed under autocast; weights that learn are fp32."""
     muon_lr: float = 3e-3
-    """For the 2-D weights of the blocks."""
+    """For the 2-D weights of the blocks; 0 gives those to AdamW too."""
     adamw_lr: float = 1e-3
     """For everything else."""
     weight_decay: float = 0.01
@@ -28,17 +39,30 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 20
     checkpoint_every: int = 500
-    sheet_every: int = 500
+    checkpoint_minutes: float = 15.0
+    """Whichever of the two comes first."""
+    keep: int = 2
+    """Checkpoints beside the best one."""
+    eval_every: int = 500
+    nonfinite_limit: int = 5
+    """Steps in a row without finite numbers that end the run."""
+    timeout_s: float = 600.0
+    """How long a rank waits for the others."""
     out_dir: Path = Path("runs")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "sheet_every"):
+        for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be none or at least 1, got {self.micro_batch}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
+        for name in ("timeout_s", "checkpoint_minutes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     @property
     def folder(self) -> Path:
@@ -48,7 +72,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig(TrainConfig):
-    """A run of the adapter through the frozen decoder."""
+    """A run of the adapter through a frozen decoder, on scenes."""
 
     tokens_per_node: tuple[int, ...] = (4, 2, 1)
     rule: Literal["overlap", "local", "isolated", "none"] = "overlap"
@@ -60,22 +84,104 @@ class AdapterConfig(TrainConfig):
     num_heads: int = 4
     penalty: float = 0.01
     """Weight of the cosine penalty."""
+    level_dropout: float = 0.0
+    """Share of steps that decode from the first levels alone, however many."""
+    parent: str | None = None
+    """The run that this one goes on from, by --from; none starts anew."""
+    decoder: Literal["fast", "stock"] = "stock"
+    """FastFlux, or diffusers' own transformer with a dense mask."""
+    recompute: Literal["none", "attention-out", "full"] = "none"
+    """What a block of the decoder recomputes in the backward."""
+    eval_pictures: int = 64
     flux: Path | None = None
-    """Folder of the frozen decoder; None is what scenes-text exported below out_dir."""
+    """Folder or hub id of the frozen decoder; none is what scenes-text exported below out_dir."""
     clip: Path | None = None
     """Likewise, of scenes-clip."""
     dino: Path | None = None
     """Likewise, of scenes-dino."""
 
-    def parent(self, part: Literal["flux", "clip", "dino"]) -> Path:
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        if not 0 <= self.level_dropout < 1:
+            raise ValueError(f"level_dropout must be 0 or more, below 1, got {self.level_dropout}")
+        if self.eval_pictures < 1:
+            raise ValueError(f"eval_pictures must be at least 1, got {self.eval_pictures}")
+
+    def part(self, name: Literal["flux", "clip", "dino"]) -> Path:
         """Return the folder of a frozen part; it need not be there."""
-        run = "scenes-text" if part == "flux" else f"scenes-{part}"
-        return getattr(self, part) or self.out_dir / run / "export" / part
+        run = "scenes-text" if name == "flux" else f"scenes-{name}"
+        return getattr(self, name) or self.out_dir / run / "export" / name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FluxConfig(AdapterConfig):
+    """A run of the adapter through the frozen FLUX.1-dev, on pictures."""
+
+    data: Path | None = None
+    """A folder of pictures, of tar shards, or of what precompute wrote."""
+    resolution: int = 512
+    """Side of a square picture; others have about its area."""
+    workers: int = 8
+    """Processes that read pictures, for each rank."""
+    guidance: float = 3.5
+    flux_precision: Literal["bf16", "fp8"] = "bf16"
+    shard_flux: bool = False
+    """Spread the decoder's weights over all ranks (FSDP2); its blocks are then diffusers'."""
+    open_layers: int = 0
+    """DINOv2's last layers that learn."""
+    encoder_lr: float = 1e-5
+    """For those."""
+    squash: bool = False
+    """Squeeze each picture into the encoders' square."""
+    encoder_size: int = 378
+    """Side in pixels of a square picture, as the encoders see it."""
+    rehearsal: Literal["none", "full", "small"] = "none"
+    """Random frozen models, of full size or tiny: to try memory, speed and cluster."""
+
+    def __post_init__(self) -> None:
+        AdapterConfig.__post_init__(self)
+        if self.resolution < 1 or self.resolution % 16:
+            raise ValueError(f"resolution must be a multiple of 16, got {self.resolution}")
+        if self.shard_flux and self.flux_precision == "fp8":
+            raise ValueError("flux_precision must be bf16 where shard_flux is true, got fp8")
+        if self.shard_flux and self.decoder == "stock":
+            raise ValueError("decoder must be fast where shard_flux is true, got stock")
+        if self.flux_precision == "fp8" and self.decoder == "stock":
+            raise ValueError("flux_precision must be bf16 where decoder is stock, got fp8")
+        for name in ("open_layers", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+
+CONFIGS: dict[str, type[TrainConfig]] = {"adapter": AdapterConfig, "flux": FluxConfig}
+"""Of the stages that have more fields than TrainConfig."""
 
 
 def describe(config: TrainConfig) -> str:
     """Return every field as JSON, as it is written into the run's folder."""
     return json.dumps(asdict(config), default=str, indent=2) + "\n"
+
+
+def restore(text: str) -> TrainConfig:
+    """Return the config that ``describe`` wrote.
+
+    Raises:
+        ValueError: it is no such text, or of another version.
+    """
+    try:
+        had = json.loads(text)
+        kind = CONFIGS.get(had["stage"], TrainConfig)
+        known = get_type_hints(kind)
+        return kind(**{key: _restored(value, known[key]) for key, value in had.items()})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"this is no config of a run: {error!r}") from error
+
+
+def _restored(value: Any, kind: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    paths = kind is Path or Path in get_args(kind)
+    return Path(value) if paths and value is not None else value
 
 
 def override(config: TrainConfig, assignments: list[str]) -> TrainConfig:

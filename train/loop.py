@@ -1,106 +1,80 @@
 """The training loop, on one screen."""
 
-import copy
-import json
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from pathlib import Path
 
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from sda_fast.files import write_whole
-from train.checkpoint import check_resume, latest_checkpoint, load_checkpoint, save_checkpoint
-from train.config import TrainConfig, describe
-from train.optim import build_optimizers, set_learning_rate
-from train.plot import open_log, plot_losses, save_sheet
+from train.checkpoint import Saver
+from train.config import TrainConfig
+from train.lineage import CHECKPOINTS, begin, resume
+from train.meter import Meter
+from train.nonfinite import note_step
+from train.optim import set_learning_rate
+from train.progress import Progress, describe_state
+from train.ranks import Ranks
+from train.signals import Ended, Signals
 from train.stage import Stage
+from train.state import State
+from train.step import take_step
+from train.view import View
 
 
-def train(config: TrainConfig, stage: Stage) -> None:
+def train(
+    config: TrainConfig,
+    stage: Stage,
+    ranks: Ranks | None = None,
+    parent: Path | None = None,
+    report_to: Sequence[str] = (),
+) -> None:
     """Run or resume config.steps optimizer steps, then write config.folder/export from the EMA.
 
-    The log is one JSON line every config.log_every steps. A step's batch depends on
-    (config.seed, step) alone, so a resumed run sees what an unbroken one would have seen.
+    What a step sees depends on (config.seed, step) alone: a run that resumes, on as many ranks or
+    others, sees what an unbroken one would have seen.
+
+    Args:
+        config: of the run.
+        stage: made for it.
+        ranks: that share the work; None is this process alone. All call this.
+        parent: a checkpoint of ``find_parent``, for a run without one of its own.
+        report_to: see ``open_reporters``.
+
+    Raises:
+        Ended: SIGTERM or SIGUSR1 came; what was learned is saved.
+        FloatingPointError: too many steps in a row were not finite; see train.nonfinite.
+        OSError: something could not be written; earlier checkpoints are as they were.
+        ValueError: see resume, begin, and the stage's data.
     """
-    checkpoints = config.folder / "checkpoints"
-    newest = latest_checkpoint(checkpoints)
-    check_resume(config, newest)
-    model = stage.trained.train()
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizers = build_optimizers(model, config)
-    modules = {"model": model, "ema": ema}
-    first = 1 + (load_checkpoint(newest, modules, optimizers) if newest else 0)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(config.folder / "config.json", describe(config))
-    with open_log(config.folder) as log, _progress() as bar:
-        task = bar.add_task(config.name, total=config.steps, completed=first - 1, loss="")
-        start = time.perf_counter()
-        for step in range(first, config.steps + 1):
-            factor = set_learning_rate(optimizers, config, step)
-            losses, grad_norm = _step(stage, model, optimizers, config, step)
-            _update_ema(ema, model, min(config.ema_decay, (1 + step) / (10 + step)))
-            bar.update(task, completed=step)
-            if step % config.log_every == 0:
-                row = {key: round(value.item(), 6) for key, value in losses.items()}
-                seconds = (time.perf_counter() - start) / config.log_every
-                row |= {"grad_norm": round(grad_norm, 4), "lr": factor, "seconds": seconds}
-                print(json.dumps({"step": step, **row}), file=log, flush=True)
-                bar.update(task, loss=f"loss {row['loss']:.4f}")
-                start = time.perf_counter()
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                save_checkpoint(checkpoints, step, modules, optimizers)
-            if step % config.sheet_every == 0 or step == config.steps:
-                _with_weights(stage, ema, lambda step=step: save_sheet(config.folder, step, stage))
-                plot_losses(config.folder)
-    _with_weights(stage, ema, lambda: stage.save(config.folder / "export"))
-
-
-def _step(
-    stage: Stage,
-    model: nn.Module,
-    optimizers: dict[str, torch.optim.Optimizer],
-    config: TrainConfig,
-    step: int,
-) -> tuple[dict[str, torch.Tensor], float]:
-    # the CPU flash kernel's backward costs six times that of plain matrix products at this size
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        losses = stage.losses(config.seed * 10**9 + step)
-    losses["loss"].backward()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-    if not grad_norm < float("inf"):
-        raise FloatingPointError(f"gradient norm is {grad_norm} at step {step} of {config.name}")
-    for optimizer in optimizers.values():
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return losses, grad_norm
-
-
-@torch.no_grad()
-def _update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    for average, value in zip(ema.parameters(), model.parameters(), strict=True):
-        average.lerp_(value, 1 - decay)
-
-
-def _with_weights(stage: Stage, ema: nn.Module, act: Callable[[], None]) -> None:
-    """Call act while the stage holds the averaged weights."""
-    own = {k: t.clone() for k, t in stage.trained.state_dict().items()}
-    stage.trained.load_state_dict(ema.state_dict())
-    stage.trained.eval()
-    try:
-        with torch.no_grad():
-            act()
-    finally:
-        stage.trained.load_state_dict(own)
-        stage.trained.train()
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-    )
+    ranks = ranks or Ranks()
+    state = State(config, stage, ranks)
+    with View(config, ranks, report_to) as view, Signals() as signals:
+        progress = Progress.of(resume(config, state, view.warn))
+        if progress.step == 0 and parent is not None:
+            begin(state, parent, config.seed)
+        state.start()
+        view.open(stage, progress.step)
+        with Saver(config.folder / CHECKPOINTS, config.keep) as saver:
+            meter, batches = Meter(stage, ranks), stage.batches(progress.step + 1)
+            for step in range(progress.step + 1, config.steps + 1):
+                drawn = meter.next(batches)
+                factor = set_learning_rate(state.optimizers, config, step)
+                outcome = take_step(state, step, drawn, progress.notices(signals, saver, drawn))
+                progress.count(step, outcome)
+                if not outcome.finite:
+                    note_step(state, step, drawn, progress.in_row, describe_state(state, progress))
+                if step % config.log_every == 0:
+                    view.row(progress.row(outcome, factor), meter.row())
+                last = step == config.steps
+                if last or step % config.eval_every == 0:
+                    with meter.paused():
+                        progress.judge(step, view.evaluate(step, state))
+                progress.check(state, outcome, saver)
+                if last or outcome.ended or progress.save_due(config, saver):
+                    if ranks.first:
+                        about = describe_state(state, progress)
+                        view.saved(saver.save(step, state.tensors(), about, wait=outcome.ended))
+                    if outcome.ended and not last:
+                        ranks.wait()  # for the one that saves
+                        raise Ended(f"told to end after step {step}, which is saved")
+        if ranks.first:
+            with state.averaged():
+                stage.save(config.folder / "export")
+        ranks.wait()

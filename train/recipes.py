@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from train.config import AdapterConfig, TrainConfig
+from train.config import AdapterConfig, FluxConfig, TrainConfig
 
 
 def scenes_text() -> TrainConfig:
@@ -33,12 +33,131 @@ def scenes_flat() -> AdapterConfig:
     )
 
 
+def scenes_16() -> AdapterConfig:
+    """The chain of phases on scenes, first link: 16 positions of the whole picture."""
+    return replace(scenes_adapter(), name="scenes-16", steps=1000, tokens_per_node=(16,))
+
+
+def scenes_32() -> AdapterConfig:
+    """Second link: 32 positions of the whole picture."""
+    return replace(scenes_16(), name="scenes-32", tokens_per_node=(32,), parent="scenes-16")
+
+
+def scenes_64() -> AdapterConfig:
+    """Third link: quadrants, 64 positions."""
+    return replace(
+        scenes_32(), name="scenes-64", tokens_per_node=(32, 8), level_dropout=0.1,
+        parent="scenes-32",
+    )  # fmt: skip
+
+
+def scenes_128() -> AdapterConfig:
+    """Fourth link: their quadrants, 128 positions."""
+    return replace(scenes_64(), name="scenes-128", tokens_per_node=(32, 8, 4), parent="scenes-64")
+
+
+def phase0_16() -> FluxConfig:
+    """Through FLUX at 512 pixels: 16 positions of the whole picture. 32 GPUs x 8 pictures."""
+    return FluxConfig(
+        name="phase0-16",
+        stage="flux",
+        steps=100_000,
+        batch_size=256,
+        micro_batch=8,
+        tokens_per_node=(16,),
+        width=1024,
+        num_layers=12,
+        num_heads=16,
+        muon_lr=0.0,
+        adamw_lr=1e-4,
+        warmup_steps=2000,
+        ema_decay=0.9999,
+        log_every=10,
+        checkpoint_every=1000,
+        eval_every=1000,
+        keep=3,
+        decoder="fast",
+    )
+
+
+def phase1_32() -> FluxConfig:
+    """16 positions grow to 32."""
+    return replace(
+        phase0_16(), name="phase1-32", steps=50_000, tokens_per_node=(32,), parent="phase0-16"
+    )
+
+
+def phase2_quadrants() -> FluxConfig:
+    """Quadrants are added: 64 positions; from here on some steps see the first levels alone."""
+    return replace(
+        phase1_32(), name="phase2-quadrants", tokens_per_node=(32, 8), level_dropout=0.1,
+        parent="phase1-32",
+    )  # fmt: skip
+
+
+def phase3_128() -> FluxConfig:
+    """The quadrants' quadrants are added: 128 positions."""
+    return replace(
+        phase2_quadrants(), name="phase3-128", tokens_per_node=(32, 8, 4),
+        parent="phase2-quadrants",
+    )  # fmt: skip
+
+
+def phase3_112() -> FluxConfig:
+    """Three levels in 112 positions, grown from 16."""
+    return replace(phase3_128(), name="phase3-112", tokens_per_node=(16, 8, 4), parent="phase0-16")
+
+
+def phase3_64() -> FluxConfig:
+    """Three levels in 64 positions, grown from 16."""
+    return replace(phase3_128(), name="phase3-64", tokens_per_node=(16, 4, 2), parent="phase0-16")
+
+
+def phase4_768() -> FluxConfig:
+    """768 pixels, with DINOv2's last layers open."""
+    return replace(
+        phase3_128(), name="phase4-768", steps=20_000, resolution=768, micro_batch=2,
+        open_layers=4, adamw_lr=5e-5, parent="phase3-128",
+    )  # fmt: skip
+
+
+def phase4_1024() -> FluxConfig:
+    """1024 pixels, likewise."""
+    return replace(
+        phase4_768(), name="phase4-1024", resolution=1024, micro_batch=1, parent="phase4-768"
+    )
+
+
+def rehearse() -> FluxConfig:
+    """Try memory, speed and cluster with random frozen models of full size; learns nothing."""
+    return replace(
+        phase3_128(), name="rehearse", steps=60, warmup_steps=10, batch_size=8, log_every=5,
+        eval_every=30, eval_pictures=8, checkpoint_every=20, rehearsal="full", parent=None,
+    )  # fmt: skip
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    "scenes-text": scenes_text,
-    "scenes-clip": scenes_clip,
-    "scenes-dino": scenes_dino,
-    "scenes-adapter": scenes_adapter,
-    "scenes-flat": scenes_flat,
+    make().name: make
+    for make in (
+        phase0_16,
+        phase1_32,
+        phase2_quadrants,
+        phase3_112,
+        phase3_128,
+        phase3_64,
+        phase4_768,
+        phase4_1024,
+        rehearse,
+        scenes_text,
+        scenes_clip,
+        scenes_dino,
+        scenes_adapter,
+        scenes_flat,
+        scenes_16,
+        scenes_32,
+        scenes_64,
+        scenes_128,
+    )
 }
 
 CHAINS = {"scenes-encoders": ("scenes-clip", "scenes-dino")}

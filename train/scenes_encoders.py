@@ -1,7 +1,9 @@
 """Stages "clip" and "dino": the two small vision encoders, frozen afterwards."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,23 +11,73 @@ from torch.nn import functional as F
 from transformers import T5Config, T5EncoderModel
 
 from sda_fast.scenes.models import PATCH, WIDTH, build_clip, build_dino, build_tokenizer, token_ids
+from train.batch import Batch, seed_of
 from train.config import TrainConfig
-from train.stage import WORLDS, draw_scenes, seeded
+from train.ranks import Ranks
+from train.stage import (
+    SHEET_PICTURES,
+    WORLDS,
+    evaluate_scenes,
+    scene_batch,
+    scene_batches,
+    seeded,
+    sheet_of,
+)
 
 PROJECTION = 96
 MASKED = 0.6
 """Share of patches that the dino stage hides."""
 
 
-class ClipStage:
+class EncoderStage:
+    """What the two encoders share; see train.stage.Stage."""
+
+    trained: nn.ModuleDict
+    num_pictures: float = math.inf
+
+    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+        self.config, self.ranks, self.world = config, ranks, WORLDS[config.world]
+        self.about: dict[str, Any] = {"world": config.world}
+
+    def batches(self, first: int) -> Iterator[list[Batch]]:
+        """See Stage."""
+        return scene_batches(self.config, self.ranks, first)
+
+    def batches_of(self, step: int, places: list[range]) -> list[Batch]:
+        """See Stage."""
+        return scene_batch(self.config, "train", step, places)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """See Stage."""
+        raise NotImplementedError
+
+    def flops(self, batch: Batch) -> float:
+        """None is frozen."""
+        return 0.0
+
+    def evaluate(self) -> dict[str, float]:
+        """The losses on unseen scenes."""
+        return evaluate_scenes(self)
+
+    def pictures(self, batch: Batch) -> Tensor:
+        """[B, 3, H, W] in [0, 1], on this rank's device."""
+        return batch.tensors["pictures"].to(self.ranks.device)
+
+
+class ClipStage(EncoderStage):
     """Vision and text encoder learn which caption belongs to which picture.
 
     Symmetric InfoNCE over the batch with a learned temperature: Radford et al. 2021,
     https://arxiv.org/abs/2103.00020. Only the vision encoder is kept.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.world, self.batch_size = WORLDS[config.world], config.batch_size
+    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+        if ranks.world > 1 or config.micro_batch not in (None, config.batch_size):
+            raise ValueError(
+                "micro_batch must be none and the ranks one for stage clip, whose loss compares "
+                f"all of a batch, got {config.micro_batch} and {ranks.world} ranks"
+            )
+        super().__init__(config, ranks)
         torch.manual_seed(config.seed)
         self.tokenizer = build_tokenizer(self.world)
         self.vision = build_clip(self.world)
@@ -45,12 +97,12 @@ class ClipStage:
         self.log_scale = nn.ParameterList([nn.Parameter(torch.tensor(math.log(10.0)))])
         self.trained = nn.ModuleDict(
             {"vision": self.vision, "text": self.text, "heads": self.heads, "scale": self.log_scale}
-        )
+        ).to(ranks.device)
 
-    def losses(self, seed: int) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Contrastive loss and the share of pictures whose own caption is nearest."""
-        _, pictures, captions = draw_scenes(self.world, seed, self.batch_size)
-        ids = token_ids(self.tokenizer, captions)
+        pictures = self.pictures(batch)
+        ids = token_ids(self.tokenizer, list(batch.texts)).to(self.ranks.device)
         words = (ids != self.tokenizer.pad_token_id)[:, :, None]
         text = (self.text(ids).last_hidden_state * words).sum(1) / words.sum(1)
         # the patches' mean, so that every patch learns what is there
@@ -60,7 +112,7 @@ class ClipStage:
             for name, x in (("vision", vision), ("text", text))
         )
         logits = self.log_scale[0].clamp_max(math.log(100.0)).exp() * a @ b.mT
-        target = torch.arange(len(logits))
+        target = torch.arange(len(logits), device=logits.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2
         return {"loss": loss, "accuracy": (logits.argmax(1) == target).float().mean()}
 
@@ -72,7 +124,7 @@ class ClipStage:
         self.vision.save_pretrained(folder / "clip")
 
 
-class DinoStage:
+class DinoStage(EncoderStage):
     """The encoder fills in hidden patches from the visible ones.
 
     Mean squared error on the pixels of hidden patches: masked image modelling, Xie et al. 2021,
@@ -80,18 +132,20 @@ class DinoStage:
     features also keep what was seen.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.world, self.batch_size = WORLDS[config.world], config.batch_size
+    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
         torch.manual_seed(config.seed)
         self.vision = build_dino(self.world)
         self.head = nn.Linear(self.vision.config.hidden_size, 3 * PATCH * PATCH)
-        self.trained = nn.ModuleDict({"vision": self.vision, "head": self.head})
+        self.trained = nn.ModuleDict({"vision": self.vision, "head": self.head}).to(ranks.device)
 
-    def losses(self, seed: int) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Error on hidden patches, plus 0.2 of the error on visible ones."""
-        _, pictures, _ = draw_scenes(self.world, seed, self.batch_size)
+        pictures = self.pictures(batch)
         target = patches(pictures) * 2 - 1
-        hidden = torch.rand(target.shape[:2], generator=seeded(seed)) < MASKED
+        seeds = [seed_of(self.config.seed, batch.step, place) for place in batch.places]
+        drawn = torch.stack([torch.rand(target.shape[1], generator=seeded(seed)) for seed in seeds])
+        hidden = (drawn < MASKED).to(target.device)
         features = self.vision(normalise(pictures), bool_masked_pos=hidden).last_hidden_state
         error = (self.head(features[:, 1:]).float() - target).square().mean(-1)
         masked, visible = error[hidden].mean(), error[~hidden].mean()
@@ -100,10 +154,10 @@ class DinoStage:
     @torch.no_grad()
     def sheet(self) -> Tensor:
         """Pictures, what was left of them, what the encoder made of that."""
-        from train.scenes_text import sheet_of
-
-        _, pictures, _ = draw_scenes(self.world, 10**6, 16)
-        hidden = torch.rand(16, (self.world.size // PATCH) ** 2, generator=seeded(0)) < MASKED
+        batch = scene_batch(self.config, "test", 0, [range(SHEET_PICTURES)])[0]
+        pictures = self.pictures(batch)
+        drawn = torch.rand(len(pictures), (self.world.size // PATCH) ** 2, generator=seeded(0))
+        hidden = (drawn < MASKED).to(pictures.device)
         features = self.vision(normalise(pictures), bool_masked_pos=hidden).last_hidden_state
         filled = F.fold(
             (self.head(features[:, 1:]).mT + 1) / 2, self.world.size, PATCH, stride=PATCH

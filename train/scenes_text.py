@@ -1,47 +1,81 @@
 """Stage "text": the decoder and its text encoder learn captions; both are frozen afterwards."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
 
+from sda_fast.losses import flow_matching_loss
 from sda_fast.scenes.captions import caption
 from sda_fast.scenes.models import POOLED, build_flux, token_ids
 from sda_fast.scenes.world import sample_scenes
+from train.batch import Batch
 from train.config import TrainConfig
-from sda_fast.losses import flow_matching_loss, sample_t
-from train.stage import WORLDS, draw_scenes, seeded
+from train.ranks import Ranks
+from train.stage import (
+    HELD_OUT,
+    WORLDS,
+    draw_noise,
+    evaluate_scenes,
+    scene_batch,
+    scene_batches,
+    seeded,
+    sheet_of,
+)
 
 
 class TextStage:
     """Caption to picture by rectified flow; see train.stage.Stage."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.world, self.batch_size = WORLDS[config.world], config.batch_size
+    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+        self.config, self.ranks, self.world = config, ranks, WORLDS[config.world]
         torch.manual_seed(config.seed)
         self.flux = build_flux(self.world)
+        self.flux.to(ranks.device)
         self.trained = nn.ModuleDict(
             {"transformer": self.flux.transformer, "text_encoder": self.flux.text_encoder_2}
         )
+        self.about: dict[str, Any] = {"world": config.world}
 
-    def losses(self, seed: int) -> dict[str, Tensor]:
+    num_pictures: float = math.inf
+
+    def batches(self, first: int) -> Iterator[list[Batch]]:
+        """See Stage."""
+        return scene_batches(self.config, self.ranks, first)
+
+    def batches_of(self, step: int, places: list[range]) -> list[Batch]:
+        """See Stage."""
+        return scene_batch(self.config, "train", step, places)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Velocity error on a batch of captioned scenes."""
-        _, pictures, captions = draw_scenes(self.world, seed, self.batch_size)
-        ids = token_ids(self.flux.tokenizer_2, captions)
-        text = self.flux.text_encoder_2(ids).last_hidden_state
-        x0 = pack(self.flux, pictures)
-        generator = seeded(seed)
-        t = sample_t(len(x0), x0.shape[1], generator)
-        noise = torch.randn(x0.shape, generator=generator)
+        text = self.embed(list(batch.texts))
+        x0 = pack(self.flux, batch.tensors["pictures"].to(self.ranks.device))
+        t, noise = draw_noise(batch, self.config.seed, x0)
         velocity = Velocity(self.flux, text, self.world.size)
         return {"loss": flow_matching_loss(velocity, x0, t, noise)}
 
+    def embed(self, captions: list[str]) -> Tensor:
+        """[B, T, C] of captions."""
+        ids = token_ids(self.flux.tokenizer_2, captions).to(self.ranks.device)
+        return self.flux.text_encoder_2(ids).last_hidden_state
+
+    def flops(self, batch: Batch) -> float:
+        """None is frozen."""
+        return 0.0
+
+    def evaluate(self) -> dict[str, float]:
+        """Velocity error on unseen scenes."""
+        return evaluate_scenes(self)
+
     def sheet(self) -> Tensor:
         """Sixteen unseen captions, drawn."""
-        scenes = sample_scenes(self.world, "test", 10**6, 16)
-        ids = token_ids(self.flux.tokenizer_2, [caption(scene) for scene in scenes])
-        text = self.flux.text_encoder_2(ids).last_hidden_state
+        scenes = sample_scenes(self.world, "test", HELD_OUT, 16)
+        text = self.embed([caption(scene) for scene in scenes])
         return sheet_of(draw(self.flux, text, self.world.size))
 
     def save(self, folder: Path) -> None:
@@ -64,10 +98,10 @@ class Velocity:
         return self.flux.transformer(
             hidden_states=x_t,
             encoder_hidden_states=self.text,
-            pooled_projections=torch.zeros(len(x_t), POOLED),
+            pooled_projections=torch.zeros(len(x_t), POOLED, device=x_t.device),
             timestep=t,
             img_ids=self.img_ids,
-            txt_ids=torch.zeros(self.text.shape[1], 3),
+            txt_ids=torch.zeros(self.text.shape[1], 3, device=x_t.device),
             joint_attention_kwargs={} if self.mask is None else {"attention_mask": self.mask},
             return_dict=False,
         )[0]
@@ -88,7 +122,7 @@ def draw(
     flux.set_progress_bar_config(disable=True)
     return flux(
         prompt_embeds=text,
-        pooled_prompt_embeds=torch.zeros(len(text), POOLED),
+        pooled_prompt_embeds=torch.zeros(len(text), POOLED, device=text.device),
         height=size,
         width=size,
         num_inference_steps=steps,
@@ -96,8 +130,3 @@ def draw(
         joint_attention_kwargs=None if mask is None else {"attention_mask": mask},
         output_type="pt",
     ).images
-
-
-def sheet_of(*rows: Tensor) -> Tensor:
-    """Tile batches of pictures, sixteen to a line: [3, H, W]."""
-    return torch.cat([torch.cat(list(batch[:16]), dim=2) for batch in rows], dim=1).float()

@@ -1,0 +1,251 @@
+"""Stage "flux": the adapter on pictures, through the frozen FLUX."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sda_fast.adapter import SemanticAdapter
+from train.adapter import AdapterStage
+from train.batch import Batch, seed_of
+from train.config import FluxConfig
+from train.data.loader import Loader
+from train.data.order import Order, assign_buckets, bucket_sizes
+from train.data.source import Source, open_source
+from train.frozen import Frozen, find_parts, frozen_flux, weights_hash
+from train.lineage import differences
+from train.ranks import Ranks
+from train.stage import shares
+
+INDEX = "data-index.safetensors"
+FITS = 16
+"""Pixels that a side of a picture is a multiple of: an image token of FLUX."""
+LOWEST = 512
+"""Side in pixels below which FLUX behaves badly."""
+SMALL = {"width": 32, "num_layers": 2, "num_heads": 2}
+"""Of the adapter of a small rehearsal."""
+
+
+class FluxStage(AdapterStage[FluxConfig]):
+    """The adapter learns from pictures; see AdapterStage."""
+
+    def __init__(self, config: FluxConfig, ranks: Ranks) -> None:
+        places = shares(config, ranks)
+        if config.resolution < LOWEST and config.rehearsal == "none":
+            warnings.warn(
+                f"resolution {config.resolution}: FLUX behaves badly below {LOWEST} pixels",
+                stacklevel=2,
+            )
+        if config.rehearsal == "none":
+            find_parts(config)
+        source = open_for_ranks(config, ranks)
+        if source.kind == "precomputed" and config.open_layers:
+            raise ValueError(
+                f"data must be pictures where encoder layers learn (open_layers "
+                f"{config.open_layers}), got precomputed features in {config.data}"
+            )
+        self.buckets = bucket_sizes(config.resolution, FITS)
+        kinds = assign_buckets(source.sizes, self.buckets)
+        unseen, self.shown = hold_out(kinds, config)
+        self.unseen = Subset(source, unseen)
+        self.source = Subset(source, np.setdiff1d(np.arange(len(source)), unseen))
+        self.num_pictures: float = len(self.source)
+        self.fingerprint = source.fingerprint
+        super().__init__(config, ranks)
+        self._open_layers()
+        self._check_precomputed(source)
+        order = Order(
+            assign_buckets(self.source.sizes, self.buckets), config.batch_size, config.seed
+        )
+        self.loader = Loader(
+            self.source, order, self.buckets, places, config.workers, ranks.device.type == "cuda"
+        )
+
+    def load_frozen(self) -> Frozen:
+        """FLUX and the encoders."""
+        return frozen_flux(self.config, self.ranks)
+
+    def adapter_config(self) -> dict[str, Any]:
+        """Of the reference, in the recipe's sizes; the pooled vector stays with FLUX."""
+        known = {**super().adapter_config(), "pooled_features": None}
+        return known | SMALL if self.config.rehearsal == "small" else known
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Arguments of the adapter, and which pictures there are."""
+        return {**super().about, "data": self.fingerprint}
+
+    def batches(self, first: int) -> Iterator[list[Batch]]:
+        """See Stage."""
+        return self.loader.batches(first)
+
+    def batches_of(self, step: int, places: list[range]) -> list[Batch]:
+        """See Stage."""
+        order = self.loader.order
+        return next(Loader(self.source, order, self.buckets, places, workers=0).batches(step))
+
+    def held_out(self, places: list[range]) -> list[Batch]:
+        """Pictures that are never trained on, of one size."""
+        found, size = [], self.buckets[self.shown]
+        for share in places:
+            read = [self.unseen.read(place, size) for place in share]
+            found.append(
+                Batch(
+                    step=0,
+                    places=tuple(share),
+                    ids=tuple(self.unseen.ids(place) for place in share),
+                    tensors={name: torch.stack([one[name] for one in read]) for name in read[0]},
+                    size=size,
+                )
+            )
+        return found
+
+    def features(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Of the encoders; their open layers take gradients."""
+        if not self.config.open_layers:
+            return super().features(pictures)
+        return self.frozen.encoder(pictures)
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter to folder/adapter, the layers that were opened with it."""
+        adapter: Any = SemanticAdapter(**self.adapter_config())
+        adapter.load_state_dict(self.adapter.state_dict())
+        adapter.set_encoder(self.frozen.encoder)
+        adapter.save_pretrained(folder / "adapter")
+
+    def _check_precomputed(self, source: Source) -> None:
+        """Refuse features and latents of other models, or another size.
+
+        Raises:
+            ValueError: the differences are listed.
+        """
+        had = getattr(source, "about", None)
+        if source.kind == "precomputed":
+            changed = differences(had or {}, describe_frozen(self.config, self.frozen))
+            if changed:
+                raise ValueError(
+                    f"data must be precomputed by these models, got {self.config.data} by others: "
+                    f"{', '.join(changed)}"
+                )
+
+    def _open_layers(self) -> None:
+        """Let the encoder's last layers learn, in fp32, beside the adapter."""
+        encoder = self.frozen.encoder
+        encoder.unfreeze_last(self.config.open_layers)
+        layers = {str(index): layer.float() for index, layer in encoder.opened_layers().items()}
+        if layers:
+            # names as in trained_layers
+            opened = nn.ModuleDict({"dino": nn.ModuleDict({"layers": nn.ModuleDict(layers)})})
+            self.trained = nn.ModuleDict({"adapter": self.adapter, "encoder": opened})
+
+
+def hold_out(kinds: np.ndarray, config: FluxConfig) -> tuple[np.ndarray, int]:
+    """Which pictures are never trained on, and their bucket: that of most pictures.
+
+    Args:
+        kinds: [n] bucket of each picture.
+        config: of the run: at most eval_pictures, and half of that bucket.
+
+    Raises:
+        ValueError: there are too few to hold one out.
+    """
+    bucket = int(np.bincount(kinds).argmax())
+    of_bucket = np.flatnonzero(kinds == bucket)
+    count = min(config.eval_pictures, len(of_bucket) // 2)
+    if not count:
+        raise ValueError(f"data must hold at least 2 pictures of one shape, got {len(kinds)}")
+    drawn = np.random.default_rng(seed_of(config.seed)).permutation(of_bucket)
+    return np.sort(drawn[:count]), bucket
+
+
+def describe_frozen(config: FluxConfig, frozen: Frozen) -> dict[str, Any]:
+    """What features and latents depend on, for ``precompute`` and for those who read it."""
+    return {
+        "resolution": config.resolution,
+        "encoder": weights_hash(frozen.encoder),
+        "encoder_size": config.encoder_size,
+        "squash": config.squash,
+        "vae": weights_hash(frozen.flux.vae),
+    }
+
+
+class Subset:
+    """Some of the samples of a source, numbered anew; see train.data.source.Source."""
+
+    def __init__(self, source: Source, rows: np.ndarray) -> None:
+        self.source, self.rows = source, rows
+        self.kind, self.refused, self.fingerprint = source.kind, source.refused, source.fingerprint
+        self.sizes = source.sizes[rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def ids(self, index: int) -> str:
+        """The name of a sample."""
+        return self.source.ids(int(self.rows[index]))
+
+    def read(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        """One sample."""
+        return self.source.read(int(self.rows[index]), size)
+
+
+def open_for_ranks(config: FluxConfig, ranks: Ranks) -> Source:
+    """The pictures of a run; one rank looks at them all, the others take over what it found.
+
+    Raises:
+        ValueError: data is not set, or see ``open_source``.
+        OSError: see ``open_source``.
+    """
+    if config.data is None:
+        raise ValueError(
+            f"data must be a folder of pictures, got none: set data=... ({config.name})"
+        )
+    cache = config.folder / INDEX
+    source, fault = None, None
+    for turn in ("first", "others"):
+        if (turn == "first") == ranks.first:
+            try:
+                config.folder.mkdir(parents=True, exist_ok=True)
+                source = open_source(config.data, cache, max(1, config.workers))
+            except (OSError, ValueError) as error:
+                fault = error
+        # no rank waits for one that has failed
+        if any(ranks.gather(fault is not None)):
+            raise fault or ValueError("data could not be read by another rank, which says why")
+    assert source is not None
+    return source
+
+
+def precompute_for(config: FluxConfig, to: Path, ranks: Ranks) -> None:
+    """Write the features and latents that runs of this config read; see train.precompute.
+
+    Raises:
+        ValueError: see ``open_for_ranks`` and ``precompute``.
+        OSError: see these.
+    """
+    from train.precompute import ShardLayout, precompute
+
+    if config.rehearsal == "none":
+        find_parts(config)
+    source = open_for_ranks(config, ranks)
+    frozen = frozen_flux(replace(config, shard_flux=False), ranks)
+    frozen.flux.transformer = None  # the largest part, and not needed
+    half = config.precision == "bf16"
+
+    @torch.no_grad()
+    def encode(pictures: Tensor) -> dict[str, Tensor]:
+        pixels = pictures.to(ranks.device).float() / 255
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=half):
+            return {"features": frozen.encoder(pixels)[0], "latents": frozen.latents(pixels)}
+
+    layout = ShardLayout(
+        buckets=bucket_sizes(config.resolution, FITS),
+        about=describe_frozen(config, frozen),
+        batch_size=config.micro_batch or 8,
+    )
+    precompute(source, to, encode, layout, ranks.rank, ranks.world, ranks.first)

@@ -1,0 +1,161 @@
+"""What stays frozen around the adapter: decoder, encoders, pooled vector."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sda_fast.encoders import HALF, ImageEncoder
+from sda_fast.flux_prompt import empty_prompt
+from sda_fast.pipeline_folder import load_flux
+from sda_fast.weights import resolve_folder
+from train.config import AdapterConfig, FluxConfig
+from train.decoders import Decoder, build_decoder
+from train.ranks import Ranks
+
+PARTS = ("flux", "clip", "dino")
+UNUSED = ("text_encoder_2", "tokenizer_2", "image_encoder", "feature_extractor")
+"""Of a Flux pipeline, by the name of the component."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Models that no step changes, on the rank's device.
+
+    Attributes:
+        flux: a Flux pipeline, of which the transformer, VAE and scheduler are used.
+        encoder: of pictures; its last layers may be opened.
+        pooled: [1, P].
+        decoder: the way through flux.transformer.
+    """
+
+    flux: Any
+    encoder: ImageEncoder
+    pooled: Tensor
+    decoder: Decoder
+
+    @property
+    def patch(self) -> int:
+        """Pixels along an image token."""
+        return 2 * self.flux.vae_scale_factor
+
+    @torch.no_grad()
+    def latents(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] -> what diffusion starts from, [B, C, h, w]."""
+        vae = self.flux.vae
+        latents = vae.encode((pictures * 2 - 1).to(vae.dtype)).latent_dist.mode()
+        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] -> image tokens [B, h w / 4, 4 C]."""
+        return self.flux._pack_latents(latents, *latents.shape)
+
+
+def frozen_scenes(config: AdapterConfig, ranks: Ranks, size: int) -> Frozen:
+    """The models of the scenes world.
+
+    Args:
+        config: of the run.
+        ranks: whose device they go to.
+        size: side of the world's pictures.
+
+    Raises:
+        FileNotFoundError: one is not there.
+        ValueError: an encoder is of another world.
+    """
+    parts = {name: require(config.part(name), name) for name in PARTS}
+    # autocast computes with fp32 weights; FastFlux in the dtype of its own
+    fast = config.decoder == "fast" and config.precision == "bf16"
+    dtype = torch.bfloat16 if fast else torch.float32
+    flux: Any = load_flux(parts["flux"], dtype, {})
+    options: dict[str, Any] = dict.fromkeys(
+        ("clip_mean", "clip_std", "dino_mean", "dino_std"), HALF
+    )
+    encoder = ImageEncoder.from_pretrained(parts["clip"], parts["dino"], size=size, **options)
+    for name in ("clip", "dino"):
+        seen = getattr(encoder, name).config.image_size
+        if seen != size:
+            raise ValueError(
+                f"{name} must be of world {config.world}, trained on pictures of {size} pixels, "
+                f"got one for {seen}"
+            )
+    pooled = torch.zeros(1, flux.transformer.config.pooled_projection_dim)
+    return _placed(flux, encoder, pooled, config, ranks)
+
+
+def frozen_flux(config: FluxConfig, ranks: Ranks) -> Frozen:
+    """FLUX and the encoders, from folders or the hub's cache, in config.precision.
+
+    Raises:
+        FileNotFoundError: one is not there.
+        ValueError: see ``load_flux`` and ``ImageEncoder.from_pretrained``.
+    """
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if config.rehearsal != "none":
+        from train.rehearsal import random_encoder, random_flux
+
+        small, device = config.rehearsal == "small", ranks.device
+        flux, pooled = random_flux(small, device, dtype)
+        return _placed(flux, random_encoder(small, device, dtype), pooled, config, ranks)
+    folders = find_parts(config)
+    flux = load_flux(folders["flux"], dtype, dict.fromkeys(UNUSED))
+    with torch.no_grad():
+        pooled = empty_prompt(flux)
+    # it has said what it had to say
+    flux.register_modules(text_encoder=None, tokenizer=None)
+    sides: dict[str, Any] = {"size": config.encoder_size, "squash": config.squash}
+    encoder = ImageEncoder.from_pretrained(folders["clip"], folders["dino"], dtype, **sides)
+    return _placed(flux, encoder, pooled, config, ranks)
+
+
+def find_parts(config: FluxConfig) -> dict[str, Path]:
+    """Where FLUX and the encoders are; nothing is loaded yet.
+
+    Raises:
+        FileNotFoundError: one is not there; all that are missing are named.
+        OSError: a hub id cannot be fetched.
+    """
+    unset = [f"{name}=..." for name in PARTS if getattr(config, name) is None]
+    if unset:
+        raise FileNotFoundError(
+            f"{config.name} wants folders or hub ids of its frozen models: set {', '.join(unset)}"
+        )
+    return {name: resolve_folder(getattr(config, name), name) for name in PARTS}
+
+
+def weights_hash(module: Any) -> str:
+    """sha256 over names, dtypes and bytes of every tensor of a module's state."""
+    digest = hashlib.sha256()
+    for name, t in module.state_dict().items():
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _placed(
+    flux: Any, encoder: ImageEncoder, pooled: Tensor, config: AdapterConfig, ranks: Ranks
+) -> Frozen:
+    flux.set_progress_bar_config(disable=True)
+    sharded = isinstance(config, FluxConfig) and config.shard_flux
+    decoder = build_decoder(config, flux, ranks) if sharded else None
+    # sharding moves what it spreads by itself, block by block: nowhere is all of it at once
+    flux.to(ranks.device)
+    decoder = decoder or build_decoder(config, flux, ranks)
+    return Frozen(flux, encoder.to(ranks.device), pooled.to(ranks.device), decoder)
+
+
+def require(folder: Path, name: str) -> Path:
+    """Return the folder, or say which run makes it.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{name} must be the folder of a trained model, {folder} is not there; "
+            f"run the recipe that makes it first, or set {name}=..."
+        )
+    return folder

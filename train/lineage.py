@@ -1,0 +1,188 @@
+"""Where a run begins: at its own newest checkpoint, at another run's end, or anew."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sda_fast.adapter import SemanticAdapter
+from sda_fast.hierarchy import Hierarchy
+from train.checkpoint import META, check_checkpoint, newest_valid, read_meta, read_state
+from train.config import AdapterConfig, TrainConfig, describe
+from train.state import State
+
+CHECKPOINTS = "checkpoints"
+MAY_CHANGE = (
+    "steps", "micro_batch", "log_every", "checkpoint_every", "checkpoint_minutes", "keep",
+    "eval_every", "nonfinite_limit", "timeout_s", "out_dir", "workers", "shard_flux", "recompute",
+)  # fmt: skip
+"""Fields that a run may go on with other values of."""
+QUERIES = "adapter.qformer.queries"
+ANEW = "scratch"
+
+
+def resume(config: TrainConfig, state: State, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """Go on from the newest whole checkpoint of the run itself.
+
+    Args:
+        config: of the run.
+        state: changed in place.
+        warn: is told of checkpoints that are not whole.
+
+    Returns:
+        What the checkpoint says of itself, or None if there is none.
+
+    Raises:
+        ValueError: the run's folder was made by another config, stage or hierarchy, or is past
+            config.steps; the differences are listed.
+    """
+    newest = newest_valid(config.folder / CHECKPOINTS, warn)
+    if newest is None:
+        return None
+    meta = read_meta(newest)
+    check_resume(config, state.stage.about, meta)
+    state.load(newest)
+    return meta
+
+
+def check_resume(config: TrainConfig, about: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of another run; see resume."""
+    if meta["step"] > config.steps:
+        raise ValueError(
+            f"steps must be at least the {meta['step']} that are done, got {config.steps}"
+        )
+    now = json.loads(describe(config))
+    changed = differences(meta["config"], now, MAY_CHANGE)
+    changed += differences({name: meta.get(name) for name in about}, about)
+    if changed:
+        raise ValueError(
+            f"{config.folder} holds a run of another config: {', '.join(changed)}; "
+            f"choose another name or out_dir, or remove it"
+        )
+
+
+def differences(
+    had: Mapping[str, Any], now: Mapping[str, Any], but: tuple[str, ...] = ()
+) -> list[str]:
+    """Entries that differ, in words."""
+    return [
+        f"{key} (was {had.get(key)}, now {now.get(key)})"
+        for key in sorted(had.keys() | now.keys())
+        if key not in but and had.get(key) != now.get(key)
+    ]
+
+
+def find_parent(config: AdapterConfig, path: str | None) -> Path | None:
+    """The checkpoint that a run begins with; read before anything heavy is loaded.
+
+    Args:
+        config: of the run.
+        path: of --from: a run's folder, one of its checkpoints, "scratch", or None.
+
+    Returns:
+        A whole checkpoint, or None to begin anew.
+
+    Raises:
+        FileNotFoundError: the recipe has a parent and none is named, or nothing is there.
+        ValueError: what is there is not whole, of another stage, or cannot grow into the
+            hierarchy; the difference is listed.
+    """
+    if path == ANEW:
+        return None
+    if path is None:
+        if config.parent is None:
+            return None
+        raise FileNotFoundError(
+            f"{config.name} goes on from {config.parent}: give --from RUN, as "
+            f"--from {config.out_dir / config.parent}, or --from {ANEW} to begin anew"
+        )
+    folder = Path(path)
+    found = folder if (folder / META).is_file() else None
+    if found is None:
+        told: list[str] = []
+        found = newest_valid(folder / CHECKPOINTS, told.append)
+        if found is None:
+            raise FileNotFoundError(
+                f"--from must be a run or a checkpoint, {folder} holds none that is whole"
+                + "".join(f"; {line}" for line in told)
+            )
+    else:
+        check_checkpoint(found)
+    check_parent(config, found, read_meta(found))
+    return found
+
+
+def check_parent(config: AdapterConfig, path: Path, meta: Mapping[str, Any]) -> None:
+    """Refuse a parent that the run cannot grow from; see find_parent."""
+    if "adapter" not in meta:
+        raise ValueError(
+            f"--from must be a run of an adapter, {path} is of stage {meta.get('stage')}"
+        )
+    had = meta["adapter"]
+    wanted = {"width": config.width, "num_layers": config.num_layers, "num_heads": config.num_heads}
+    wanted["cross_attention_rope"] = config.rope
+    changed = differences({name: had.get(name) for name in wanted}, wanted)
+    if changed:
+        raise ValueError(f"--from {path} holds another adapter: {', '.join(changed)}")
+    old, new = had["tokens_per_node"], config.tokens_per_node
+    if len(new) < len(old) or any(b < a for a, b in zip(old, new, strict=False)):
+        raise ValueError(
+            f"tokens_per_node must not be smaller in any level than the parent's "
+            f"{tuple(old)}, got {new}: {path} cannot grow into it"
+        )
+
+
+def begin(state: State, path: Path, seed: int) -> None:
+    """Begin with the weights, average and optimizer memory of another run, grown if need be.
+
+    Positions that were there keep all three bit for bit; a new one starts as its node's or
+    ancestor's query plus noise, the same in weights and average, without memory.
+
+    Args:
+        state: of an adapter; changed in place.
+        path: a checkpoint that ``find_parent`` gave.
+        seed: of the noise.
+
+    Raises:
+        ValueError: its adapter takes other features, or gives other positions.
+    """
+    known = read_meta(path)["adapter"]
+    changed = differences(known, state.stage.about["adapter"], ("tokens_per_node",))
+    if changed:
+        raise ValueError(f"--from {path} holds another adapter: {', '.join(changed)}")
+    tree = Hierarchy(state.model["adapter"].config.tokens_per_node)  # pyrefly: ignore
+    grown: list[dict[str, Tensor]] = []
+    kept = torch.arange(Hierarchy(known["tokens_per_node"]).num_tokens)
+    for kind in ("model/", "ema/"):
+        had = read_state(path, kind)
+        adapter: Any = SemanticAdapter(**known)
+        adapter.load_state_dict(_below(had, "adapter."))
+        if tree != adapter.tree:
+            kept = adapter.grow(tree, seed=seed)
+        own = state.model.state_dict()
+        lost = sorted(name for name in had if name.startswith("encoder.") and name not in own)
+        if lost:
+            raise ValueError(
+                f"open_layers must cover what {path} has trained of the encoder, got "
+                f"{len(lost)} tensors without a place, as {lost[0]}"
+            )
+        opened = {name: had.get(name, own[name]) for name in own if name.startswith("encoder.")}
+        grown.append(opened | {f"adapter.{name}": t for name, t in adapter.state_dict().items()})
+    memory = read_state(path, "optim/")
+    for name, t in memory.items():
+        if name.rpartition("/")[0] == QUERIES and t.ndim:
+            memory[name] = t.new_zeros(tree.num_tokens, *t.shape[1:])
+            memory[name][kept] = t
+    state.take_over(grown[0], grown[1], memory)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def begins_anew(config: TrainConfig) -> bool:
+    """Whether the run has no whole checkpoint of its own yet."""
+    return newest_valid(config.folder / CHECKPOINTS, lambda _: None) is None
