@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import torch
 import torch.multiprocessing
 import typer
+from torch.multiprocessing.spawn import ProcessException
 
 from bench.circumstances import circumstances
 from bench.command import results_folder
@@ -85,7 +86,7 @@ def measure(ranks: int, reps: int, deadline: Deadline) -> Record:
         job = Job(ranks, Path(folder), reps)
         try:
             found = _run(job, deadline)
-        except (RuntimeError, OSError, torch.multiprocessing.ProcessException) as error:
+        except (RuntimeError, OSError, ProcessException) as error:
             failed = {"status": "failed", "reason": " ".join(str(error).split())[-400:]}
             return record | failed | {"p50_ms": None}
     summed = summary(ranks, found)
@@ -100,7 +101,7 @@ def _run(job: Job, deadline: Deadline) -> dict[str, Any]:
 
     Raises:
         TimeoutError: the deadline came first; no rank is left.
-        torch.multiprocessing.ProcessException: a rank failed; no rank is left.
+        ProcessException: a rank failed; no rank is left.
     """
     # imports are done once, ranks are forked from there
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOAD])

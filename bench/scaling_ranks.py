@@ -158,7 +158,7 @@ class Rank:
         self.ready: list[float] = []
         self.began = 0.0
 
-    def _hook(self, _state: None, bucket: Any) -> Any:
+    def _hook(self, _state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         self.ready.append(1e3 * (time.perf_counter() - self.began))
         self.buckets.append(bucket.buffer().nbytes)
         return self.send(bucket)

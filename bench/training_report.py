@@ -29,16 +29,19 @@ class TrainingSide(Side):
         return None if theirs is None or mine is None else theirs / mine["p50_ms"]
 
 
-def _at(case: str, measure: Callable[[TrainingSide], float | None]) -> Callable[[Sides], float | None]:
+Measure = Callable[[Sides], float | None]
+
+
+def _at(case: str, measure: Callable[[TrainingSide], float | None]) -> Measure:
     return lambda found: measure(found[case]) if case in found else None
 
 
-def _told(what: str) -> Callable[[Sides], float | None]:
+def _told(what: str) -> Measure:
     """A field of the trainer's record."""
     return _at(RUN, lambda side: (side.best([TRAINER]) or {}).get(what))
 
 
-def _percent(measure: Callable[[Sides], float | None]) -> Callable[[Sides], float | None]:
+def _percent(measure: Measure) -> Measure:
     def of(found: Sides) -> float | None:
         share = measure(found)
         return None if share is None else 100 * share

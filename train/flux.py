@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,14 @@ from train.config import FluxConfig
 from train.data.loader import Loader
 from train.data.order import Order, assign_buckets, bucket_sizes
 from train.data.source import Source, open_source
-from train.frozen import Frozen, find_parts, frozen_flux, weights_hash
+from train.frozen import (
+    Frozen,
+    Readers,
+    find_parts,
+    frozen_flux,
+    frozen_readers,
+    weights_hash,
+)
 from train.lineage import differences
 from train.ranks import Ranks
 from train.stage import shares
@@ -126,7 +132,7 @@ class FluxStage(AdapterStage[FluxConfig]):
         """
         had = getattr(source, "about", None)
         if source.kind == "precomputed":
-            changed = differences(had or {}, describe_frozen(self.config, self.frozen))
+            changed = differences(had or {}, describe_readers(self.config, self.frozen))
             if changed:
                 raise ValueError(
                     f"data must be precomputed by these models, got {self.config.data} by others: "
@@ -163,14 +169,14 @@ def hold_out(kinds: np.ndarray, config: FluxConfig) -> tuple[np.ndarray, int]:
     return np.sort(drawn[:count]), bucket
 
 
-def describe_frozen(config: FluxConfig, frozen: Frozen) -> dict[str, Any]:
+def describe_readers(config: FluxConfig, readers: Readers) -> dict[str, Any]:
     """What features and latents depend on, for ``precompute`` and for those who read it."""
     return {
         "resolution": config.resolution,
-        "encoder": weights_hash(frozen.encoder),
+        "encoder": weights_hash(readers.encoder),
         "encoder_size": config.encoder_size,
         "squash": config.squash,
-        "vae": weights_hash(frozen.flux.vae),
+        "vae": weights_hash(readers.vae),
     }
 
 
@@ -233,19 +239,18 @@ def precompute_for(config: FluxConfig, to: Path, ranks: Ranks) -> None:
     if config.rehearsal == "none":
         find_parts(config)
     source = open_for_ranks(config, ranks)
-    frozen = frozen_flux(replace(config, shard_flux=False), ranks)
-    frozen.flux.transformer = None  # the largest part, and not needed
+    readers = frozen_readers(config, ranks)
     half = config.precision == "bf16"
 
     @torch.no_grad()
     def encode(pictures: Tensor) -> dict[str, Tensor]:
         pixels = pictures.to(ranks.device).float() / 255
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=half):
-            return {"features": frozen.encoder(pixels)[0], "latents": frozen.latents(pixels)}
+            return {"features": readers.encoder(pixels)[0], "latents": readers.latents(pixels)}
 
     layout = ShardLayout(
         buckets=bucket_sizes(config.resolution, FITS),
-        about=describe_frozen(config, frozen),
+        about=describe_readers(config, readers),
         batch_size=config.micro_batch or 8,
     )
     precompute(source, to, encode, layout, ranks.rank, ranks.world, ranks.first)

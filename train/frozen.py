@@ -19,21 +19,40 @@ from train.ranks import Ranks
 PARTS = ("flux", "clip", "dino")
 UNUSED = ("text_encoder_2", "tokenizer_2", "image_encoder", "feature_extractor")
 """Of a Flux pipeline, by the name of the component."""
+TO_DECODE = ("transformer", "text_encoder", "tokenizer")
+"""Likewise, what only decoding needs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Frozen:
+class Readers:
+    """What makes numbers of pictures, on the rank's device.
+
+    Attributes:
+        vae: of FLUX.
+        encoder: of patches; its last layers may be opened.
+    """
+
+    vae: Any
+    encoder: ImageEncoder
+
+    @torch.no_grad()
+    def latents(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] -> what diffusion starts from, [B, C, h, w]."""
+        latents = self.vae.encode((pictures * 2 - 1).to(self.vae.dtype)).latent_dist.mode()
+        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen(Readers):
     """Models that no step changes, on the rank's device.
 
     Attributes:
         flux: a Flux pipeline, of which the transformer, VAE and scheduler are used.
-        encoder: of pictures; its last layers may be opened.
         pooled: [1, P].
         decoder: the way through flux.transformer.
     """
 
     flux: Any
-    encoder: ImageEncoder
     pooled: Tensor
     decoder: Decoder
 
@@ -41,13 +60,6 @@ class Frozen:
     def patch(self) -> int:
         """Pixels along an image token."""
         return 2 * self.flux.vae_scale_factor
-
-    @torch.no_grad()
-    def latents(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] -> what diffusion starts from, [B, C, h, w]."""
-        vae = self.flux.vae
-        latents = vae.encode((pictures * 2 - 1).to(vae.dtype)).latent_dist.mode()
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
     def pack(self, latents: Tensor) -> Tensor:
         """[B, C, h, w] -> image tokens [B, h w / 4, 4 C]."""
@@ -106,9 +118,26 @@ def frozen_flux(config: FluxConfig, ranks: Ranks) -> Frozen:
         pooled = empty_prompt(flux)
     # it has said what it had to say
     flux.register_modules(text_encoder=None, tokenizer=None)
+    return _placed(flux, _load_encoder(config, folders, dtype), pooled, config, ranks)
+
+
+def frozen_readers(config: FluxConfig, ranks: Ranks) -> Readers:
+    """The encoders and the VAE alone; see ``frozen_flux``."""
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if config.rehearsal != "none":
+        from train.rehearsal import random_encoder, random_vae
+
+        small, device = config.rehearsal == "small", ranks.device
+        return Readers(random_vae(small, device, dtype), random_encoder(small, device, dtype))
+    folders = find_parts(config)
+    flux: Any = load_flux(folders["flux"], dtype, dict.fromkeys((*UNUSED, *TO_DECODE)))
+    encoder = _load_encoder(config, folders, dtype)
+    return Readers(flux.vae.to(ranks.device), encoder.to(ranks.device))
+
+
+def _load_encoder(config: FluxConfig, folders: dict[str, Path], dtype: torch.dtype) -> ImageEncoder:
     sides: dict[str, Any] = {"size": config.encoder_size, "squash": config.squash}
-    encoder = ImageEncoder.from_pretrained(folders["clip"], folders["dino"], dtype, **sides)
-    return _placed(flux, encoder, pooled, config, ranks)
+    return ImageEncoder.from_pretrained(folders["clip"], folders["dino"], dtype, **sides)
 
 
 def find_parts(config: FluxConfig) -> dict[str, Path]:
@@ -144,7 +173,8 @@ def _placed(
     # sharding moves what it spreads by itself, block by block: nowhere is all of it at once
     flux.to(ranks.device)
     decoder = decoder or build_decoder(config, flux, ranks)
-    return Frozen(flux, encoder.to(ranks.device), pooled.to(ranks.device), decoder)
+    encoder, pooled = encoder.to(ranks.device), pooled.to(ranks.device)
+    return Frozen(flux.vae, encoder, flux, pooled, decoder)
 
 
 def require(folder: Path, name: str) -> Path:

@@ -197,9 +197,12 @@ def _together(
     exposed = max(last, buckets * last - hidden)
     source = (
         f"modelled: ring all-reduce of {payload / 1e9:.2f} GB in {buckets * last * 1e3:.1f} ms at "
-        f"{about.bandwidth:g} GB/s, assumed; {min(hidden, buckets * last) * 1e3:.1f} ms of it "
-        "behind the backward"
+        f"{about.bandwidth:g} GB/s, assumed"
     )
+    if speed is not None:
+        source += f"; {min(hidden, buckets * last) * 1e3:.1f} ms of it behind the backward"
+    else:
+        source += ", at most: what hides behind the backward is not known"
     # sharded weights come once for the forward and once for the backward of each micro-batch
     gathered = 0.0
     if isinstance(config, FluxConfig) and config.shard_flux:
@@ -209,7 +212,7 @@ def _together(
         late = max(0.0, late) * share / micro
         source += f"; {late:.2f} s for FLUX's weights, which come later than they are used"
     sent = all_reduce_bytes(payload, gpus) + share / micro * gathered
-    waited = Estimate(exposed + late, source if speed else f"{source}: at most")
+    waited = Estimate(exposed + late, source)
     if speed is None:
         return sent, waited, None
     total = gpus * share / (share / speed.value + waited.value)

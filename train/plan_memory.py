@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -80,21 +81,30 @@ def side_of(config: AdapterConfig) -> int:
 
 
 def _flux_models(config: FluxConfig) -> Models:
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPVisionConfig, Dinov2Config
 
-    from sda_fast.shapes import CLIP_VIT_H, DINOV2_VIT_L, FLUX_DEV, FLUX_VAE
+    from sda_fast.shapes import CLIP_VIT_H, DINOV2_VIT_L
 
     if config.rehearsal == "small":
         raise ValueError("rehearsal must be none or full to be planned for, got small")
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel(**FLUX_DEV)
-        vae = AutoencoderKL(**FLUX_VAE)
+    transformer, vae = _flux_dev()
     clip, dino = CLIPVisionConfig(**CLIP_VIT_H), Dinov2Config(**DINOV2_VIT_L)
-    adapter = _adapter(config, clip, dino, FLUX_DEV["joint_attention_dim"])
+    adapter = _adapter(config, clip, dino, transformer.config.joint_attention_dim)
+    return Models(transformer, vae, clip, dino, adapter, 16, config.encoder_size, 2)
+
+
+@cache
+def _flux_dev() -> tuple[Any, int]:
+    """FLUX's transformer in bf16, without memory, and how many numbers its VAE holds."""
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+    from sda_fast.shapes import FLUX_DEV, FLUX_VAE
+
+    with torch.device("meta"):
+        transformer: Any = FluxTransformer2DModel(**FLUX_DEV)
+        vae: Any = AutoencoderKL(**FLUX_VAE)
     # diffusers warns at its own ``to``
-    half = nn.Module.to(transformer, torch.bfloat16)
-    return Models(half, _count(vae.parameters()), clip, dino, adapter, 16, config.encoder_size, 2)
+    return nn.Module.to(transformer, torch.bfloat16), _count(vae.parameters())
 
 
 def _scenes_models(config: AdapterConfig) -> Models:
@@ -105,8 +115,9 @@ def _scenes_models(config: AdapterConfig) -> Models:
     # as in train.frozen: FastFlux computes in the dtype of its weights, autocast with f32 ones
     half = config.decoder == "fast" and config.precision == "bf16"
     with torch.device("meta"):
-        flux, clip, dino = build_flux(world), build_clip(world), build_dino(world)
-    transformer = nn.Module.to(flux.transformer, torch.bfloat16 if half else torch.float32)
+        flux: Any = build_flux(world)
+        clip, dino = build_clip(world), build_dino(world)
+    transformer: Any = nn.Module.to(flux.transformer, torch.bfloat16 if half else torch.float32)
     vae = _count(flux.vae.parameters())
     adapter = _adapter(config, clip.config, dino.config, WIDTH)
     item = transformer.dtype.itemsize
@@ -158,6 +169,7 @@ def memory_parts(config: AdapterConfig, models: Models, gpus: int) -> list[Part]
     vae_maps = VAE_MAPS * VAE_CHANNELS * side * side * models.itemsize if models.vae else 0
     own = "" if _fused(config) else "; diffusers' own blocks keep more"
     towers = vision_parameters(models.clip) + vision_parameters(models.dino)
+    towers -= _opened(config) * _layer_numbers(models.dino)  # those are among what learns
     return [
         *_decoder_parts(config, models, gpus),
         Part("VAE", models.vae * models.itemsize, 0, f"modelled: {_number(models.vae)} numbers"),

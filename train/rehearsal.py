@@ -31,10 +31,9 @@ def random_flux(small: bool, device: torch.device, dtype: torch.dtype) -> tuple[
     """(a Flux pipeline without text encoders, a pooled vector [1, P]); the same at every call."""
     with torch.device("meta"):
         transformer: Any = FluxTransformer2DModel(**(SMALL_FLUX if small else FLUX_DEV))
-        vae = AutoencoderKL(**(SMALL_VAE if small else FLUX_VAE))
     flux = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        vae=_filled(vae, device, dtype),
+        vae=random_vae(small, device, dtype),
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=None,
@@ -42,6 +41,13 @@ def random_flux(small: bool, device: torch.device, dtype: torch.dtype) -> tuple[
         transformer=_filled(transformer, device, dtype),
     )
     return flux, torch.zeros(1, transformer.config.pooled_projection_dim)
+
+
+def random_vae(small: bool, device: torch.device, dtype: torch.dtype) -> Any:
+    """An AutoencoderKL; the same at every call."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(**(SMALL_VAE if small else FLUX_VAE))
+    return _filled(vae, device, dtype)
 
 
 def random_encoder(small: bool, device: torch.device, dtype: torch.dtype) -> ImageEncoder:

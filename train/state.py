@@ -96,8 +96,8 @@ class State:
             optimizer.step()
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
-            averages, values = list(self.ema.parameters()), list(self.model.parameters())
-            torch._foreach_lerp_(averages, values, 1 - decay)
+            averages, values = (list(m.parameters()) for m in (self.ema, self.model))
+            torch._foreach_lerp_(averages, values, 1 - decay)  # pyrefly: ignore
 
     def forget(self) -> None:
         """Drop the gradients."""
