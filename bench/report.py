@@ -13,6 +13,7 @@ from bench.flux_report import flux_tables
 from bench.qformer_report import qformer_tables
 from bench.records import Record, read_records
 from bench.tables import table
+from bench.training_report import training_tables
 from sda_fast.files import write_whole
 
 VARIANTS = {
@@ -174,6 +175,7 @@ SECTIONS = {
     "attention": Section(attention_tables, attention_pictures, required=False),
     "qformer": Section(qformer_tables, required=False, beside=("encode",)),
     "flux": Section(flux_tables, required=False, beside=("flux-train",)),
+    "training": Section(training_tables, required=False, beside=("scaling",)),
 }
 """By the name of their markers and their results file."""
 

@@ -40,7 +40,7 @@ class Models:
     average: list[Tensor]
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """Those that learn."""
         return list(self.adapter.parameters())
 

@@ -129,18 +129,24 @@ def killed_at(point, source, out):
     return os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize("again", [1, 5])
-def test_a_kill_at_any_write_costs_that_shard_only(source, whole, tmp_path, again):
-    """Killed at every fsync in turn, or at every fifth of what is left, it ends as if unbroken."""
+def test_a_kill_at_any_write_loses_nothing(source, whole, tmp_path):
     point = 0
-    while killed_at(point, source, tmp_path / f"{point * (again == 1)}"):
-        point += again if again == 1 else 0
-        if again == 1:
-            out = tmp_path / f"{point - 1}"
-            assert not (out / "precomputed.json").exists() or point > 25
-            assert precompute(source, out, encode, LAYOUT, progress=False)
-            assert contents(out) == contents(whole)
-    assert contents(tmp_path / f"{point * (again == 1)}") == contents(whole)
+    while killed_at(point, source, out := tmp_path / str(point)):
+        assert precompute(source, out, encode, LAYOUT, progress=False)
+        assert contents(out) == contents(whole)
+        point += 1
+    assert contents(out) == contents(whole)
+    # two files a shard and three more; a file and its folder each
+    assert point == 2 * (2 * 5 + 3)
+
+
+def test_killed_again_and_again_it_comes_to_the_end(source, whole, tmp_path):
+    kills = 0
+    while killed_at(5, source, tmp_path):
+        kills += 1
+        assert kills < 26
+    assert contents(tmp_path) == contents(whole)
+    assert kills > 3
 
 
 def precompute_slowly(folder, out, encoded):

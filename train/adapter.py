@@ -1,7 +1,7 @@
 """Stages "adapter" and "flux": picture to embedding to picture, through a frozen decoder."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -91,7 +91,7 @@ class AdapterStage(Generic[C]):
 
     num_pictures: float = math.inf
 
-    def batches(self, first: int) -> Iterator[list[Batch]]:
+    def batches(self, first: int) -> Generator[list[Batch], None, None]:
         """See Stage."""
         return scene_batches(self.config, self.ranks, first)
 

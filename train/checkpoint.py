@@ -9,8 +9,9 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +25,8 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from sda_fast.files import MANIFEST, check_manifest, write_manifest, write_whole
 
 META, BEST = "meta.json", "best.json"
-PART = ".part-"
+PART, OLD = ".part-", ".old-"
+"""Before the name of a checkpoint that is not whole yet, or about to be removed."""
 
 # that a run of many ranks writes by one is meant
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavail")
@@ -36,10 +38,12 @@ class Saver:
     Args:
         folder: of the checkpoints; made at the first save.
         keep: how many stay, beside the best one.
+        since: the step that the run goes on from; later ones that are there are not of its past.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, since: int = 0) -> None:
+        self.folder, self.keep, self.since = folder, keep, since
+        self._own: set[int] = set()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
         self._staged: dict[str, Tensor] = {}
@@ -92,8 +96,9 @@ class Saver:
             written.result()
 
     def __enter__(self) -> "Saver":
-        for torn in self.folder.glob(f"{PART}*"):
-            shutil.rmtree(torn, ignore_errors=True)
+        for prefix in (PART, OLD):
+            for torn in self.folder.glob(f"{prefix}*"):
+                shutil.rmtree(torn, ignore_errors=True)
         return self
 
     def __exit__(
@@ -120,12 +125,16 @@ class Saver:
 
     def _write(self, meta: Mapping[str, Any]) -> None:
         write_checkpoint(self.folder, self._staged, meta)
-        best = meta.get("best")
-        if best is not None:
-            write_whole(self.folder / BEST, json.dumps(best) + "\n")
-        for old in sorted(self.folder.glob("step-*"), key=step_of)[: -self.keep]:
-            if best is None or step_of(old) != best["step"]:
-                shutil.rmtree(old)
+        step, best = meta["step"], meta.get("best")
+        self._own.add(step)
+        note_best(self.folder, meta)
+        past = [path for path in checkpoints_of(self.folder) if step_of(path) <= step]
+        # one that was passed over when the run went on is no longer of use, nor counts
+        own = [p for p in past if step_of(p) <= self.since or step_of(p) in self._own]
+        stay = {step_of(path) for path in own[-self.keep :]} | {best["step"] if best else step}
+        for path in past:
+            if step_of(path) not in stay:
+                _remove(path)
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
@@ -137,25 +146,42 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[
     target = folder / f"step-{meta['step']:06d}"
     part = folder / f"{PART}{target.name}"
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
-        writer = HuggingFaceStorageWriter(str(part))
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
-        (part / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
-        write_manifest(part)
-        for file in (*part.iterdir(), part):
-            _sync(file)
-        # a checkpoint of the same step is this one, from before a resume
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(part, target)
-        _sync(folder)
-    except CheckpointException as error:
+        with writing(target):
+            part.mkdir(parents=True)
+            writer = HuggingFaceStorageWriter(str(part))
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+            (part / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
+            write_manifest(part)
+            for file in (*part.iterdir(), part):
+                _sync(file)
+            # a checkpoint of the same step is this one, from before a resume
+            if target.exists():
+                _remove(target)
+            os.replace(part, target)
+            _sync(folder)
+    except OSError:
         shutil.rmtree(part, ignore_errors=True)
-        raise _cause(error, target) from error
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise _named(error, target) from error
+        raise
     return target
+
+
+def note_best(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Let ``folder/best.json`` say what a checkpoint knows of the best one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path, best = folder / BEST, meta.get("best")
+    text = json.dumps(best) + "\n"
+    if best is not None and not (path.is_file() and path.read_text(encoding="utf-8") == text):
+        with writing(path):
+            write_whole(path, text)
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Whatever bears the name of a checkpoint below folder, which need not be there; by step."""
+    return sorted((path for path in folder.glob("step-*") if step_of(path) >= 0), key=step_of)
 
 
 def newest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
@@ -163,9 +189,12 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
     Args:
         folder: of checkpoints; it need not be there.
-        warn: is told of every newer one that is not whole, by name.
+        warn: is told of every newer one that is not whole, and of what only looks like one.
     """
-    for path in sorted(folder.glob("step-*"), key=step_of, reverse=True):
+    for path in sorted(folder.glob("step-*")):
+        if step_of(path) < 0:
+            warn(f"{path} is passed over: no checkpoint is named so")
+    for path in reversed(checkpoints_of(folder)):
         try:
             check_checkpoint(path)
         except (OSError, ValueError) as error:
@@ -183,9 +212,13 @@ def check_checkpoint(path: Path) -> None:
         ValueError: something differs from its manifest.
     """
     check_manifest(path)
-    listed = (path / MANIFEST).read_text(encoding="utf-8")
-    if META not in listed or ".safetensors" not in listed:
-        raise ValueError(f"{path / MANIFEST} names no state: it is torn")
+    lines = (path / MANIFEST).read_text(encoding="utf-8").splitlines()
+    listed = {line.partition("  ")[2] for line in lines}
+    # a manifest may have lost its last lines
+    there = {META, *(file.name for file in path.glob("*.safetensors"))}
+    if len(there) < 2 or not there <= listed:
+        missing = ", ".join(sorted(there - listed)) or "no state"
+        raise ValueError(f"{path / MANIFEST} is torn: it should name {missing}")
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -207,7 +240,34 @@ def read_state(path: Path, prefix: str) -> dict[str, Tensor]:
 def step_of(path: Path) -> int:
     """The step that a checkpoint's folder is named after; -1 if it is no such name."""
     digits = path.name.removeprefix("step-")
-    return int(digits) if digits.isdecimal() else -1
+    step = int(digits) if digits.isdecimal() else -1
+    return step if path.name == f"step-{step:06d}" else -1
+
+
+@contextmanager
+def writing(target: Path) -> Generator[None, None, None]:
+    """While open, what cannot be written is an OSError that names target and the reason."""
+    try:
+        yield
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        if not isinstance(first, OSError):
+            raise OSError(f"{target} could not be written: {first!r}") from error
+        raise OSError(first.errno, f"{target} could not be written: {_reason(first)}") from error
+    except OSError as error:
+        raise OSError(error.errno, f"{target} could not be written: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _remove(path: Path) -> None:
+    # at once, so that nobody finds half of it
+    gone = path.with_name(f"{OLD}{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -217,15 +277,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _cause(error: CheckpointException, target: Path) -> OSError:
-    """What went wrong beneath torch.distributed.checkpoint."""
-    first = next(iter(error.failures.values()))[0]
-    if isinstance(first, OSError):
-        return _named(first, target)
-    return OSError(f"{target} could not be written: {first!r}")
-
-
-def _named(error: OSError, target: Path) -> OSError:
-    return OSError(error.errno, f"{target} could not be written: {error.strerror or error}")

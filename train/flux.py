@@ -1,7 +1,7 @@
 """Stage "flux": the adapter on pictures, through the frozen FLUX."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class FluxStage(AdapterStage[FluxConfig]):
         """Arguments of the adapter, and which pictures there are."""
         return {**super().about, "data": self.fingerprint}
 
-    def batches(self, first: int) -> Iterator[list[Batch]]:
+    def batches(self, first: int) -> Generator[list[Batch], None, None]:
         """See Stage."""
         return self.loader.batches(first)
 

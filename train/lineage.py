@@ -10,7 +10,15 @@ from torch import Tensor
 
 from sda_fast.adapter import SemanticAdapter
 from sda_fast.hierarchy import Hierarchy
-from train.checkpoint import META, check_checkpoint, newest_valid, read_meta, read_state
+from train.checkpoint import (
+    META,
+    check_checkpoint,
+    checkpoints_of,
+    newest_valid,
+    note_best,
+    read_meta,
+    read_state,
+)
 from train.config import AdapterConfig, TrainConfig, describe
 from train.state import State
 
@@ -36,16 +44,39 @@ def resume(config: TrainConfig, state: State, warn: Callable[[str], None]) -> di
         What the checkpoint says of itself, or None if there is none.
 
     Raises:
+        OSError: a rank cannot read what the first one found.
         ValueError: the run's folder was made by another config, stage or hierarchy, or is past
-            config.steps; the differences are listed.
+            config.steps, the differences are listed; or none of its checkpoints is whole.
     """
-    newest = newest_valid(config.folder / CHECKPOINTS, warn)
+    folder, first = config.folder / CHECKPOINTS, state.ranks.first
+    # all ranks go on from what the first one finds
+    newest, torn = state.ranks.gather(_find(folder, warn) if first else None)[0]
+    if torn:
+        raise ValueError(
+            f"{folder} holds no whole checkpoint to go on from: {'; '.join(torn)}; "
+            f"remove {config.folder} to begin anew"
+        )
     if newest is None:
         return None
+    if not first:
+        check_checkpoint(newest)
     meta = read_meta(newest)
     check_resume(config, state.stage.about, meta)
+    if first:
+        note_best(folder, meta)
     state.load(newest)
     return meta
+
+
+def _find(folder: Path, warn: Callable[[str], None]) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint; if there are some but none is whole, what is wrong with each."""
+    told: list[str] = []
+    newest = newest_valid(folder, told.append)
+    if newest is None and checkpoints_of(folder):
+        return None, told
+    for line in told:
+        warn(line)
+    return newest, []
 
 
 def check_resume(config: TrainConfig, about: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -184,5 +215,5 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def begins_anew(config: TrainConfig) -> bool:
-    """Whether the run has no whole checkpoint of its own yet."""
-    return newest_valid(config.folder / CHECKPOINTS, lambda _: None) is None
+    """Whether the run has no checkpoint of its own yet, whole or not."""
+    return not checkpoints_of(config.folder / CHECKPOINTS)

@@ -1,6 +1,8 @@
 """The training loop, on one screen."""
 
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from train.checkpoint import Saver
@@ -46,17 +48,19 @@ def train(
     ranks = ranks or Ranks()
     state = State(config, stage, ranks)
     with View(config, ranks, report_to) as view, Signals() as signals:
-        progress = Progress.of(resume(config, state, view.warn))
+        progress = Progress.of(resume(config, state, view.warn), stage)
         if progress.step == 0 and parent is not None:
             begin(state, parent, config.seed)
         state.start()
         view.open(stage, progress.step)
-        with Saver(config.folder / CHECKPOINTS, config.keep) as saver:
-            meter, batches = Meter(stage, ranks), stage.batches(progress.step + 1)
+        checkpoints = Saver(config.folder / CHECKPOINTS, config.keep, progress.step)
+        with checkpoints as saver, closing(stage.batches(progress.step + 1)) as batches:
+            meter = Meter(stage, ranks)
             for step in range(progress.step + 1, config.steps + 1):
                 drawn = meter.next(batches)
                 factor = set_learning_rate(state.optimizers, config, step)
-                outcome = take_step(state, step, drawn, progress.notices(signals, saver, drawn))
+                notices = partial(progress.notices, signals, saver, drawn)
+                outcome = take_step(state, step, drawn, notices)
                 progress.count(step, outcome)
                 if not outcome.finite:
                     note_step(state, step, drawn, progress.in_row, describe_state(state, progress))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from sda_fast.files import write_whole
-from train.batch import Batch, micro_batches
-from train.checkpoint import check_checkpoint, write_checkpoint
+from train.batch import Batch, micro_batches, seed_of
+from train.checkpoint import PART, check_checkpoint, checkpoints_of, write_checkpoint
 from train.config import restore
 from train.ranks import Ranks
 from train.stage import Stage
@@ -44,7 +44,7 @@ def note_step(
     folder.mkdir(exist_ok=True)
     first = step - in_row + 1
     if in_row == 1:
-        for old in sorted(folder.glob("step-*/"))[: 1 - KEPT_STATES or None]:
+        for old in (*checkpoints_of(folder)[: 1 - KEPT_STATES or None], *folder.glob(f"{PART}*")):
             shutil.rmtree(old)
         tensors = {name: t.detach().cpu() for name, t in state.tensors().items()}
         write_checkpoint(folder, tensors, {**meta, "step": first})
@@ -81,6 +81,7 @@ def replay(path: Path, build: Callable[[Any, Ranks], Stage], ranks: Ranks) -> li
     state.load(path.parent / about["state"])
     found = []
     for rank in range(about["world_size"]):
+        torch.manual_seed(seed_of(config.seed, about["step"], rank))  # as take_step does
         places = micro_batches(config.batch_size, about["micro_batch"], rank, about["world_size"])
         for batch in stage.batches_of(about["step"], places):
             losses, norm = state.backward([batch])

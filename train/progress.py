@@ -9,14 +9,11 @@ from typing import Any
 from train.batch import Batch
 from train.checkpoint import Saver
 from train.config import TrainConfig, describe
+from train.data.loader import BrokenCount
 from train.signals import Signals
+from train.stage import Stage
 from train.state import State
 from train.step import Notices, Outcome
-
-MOST_BROKEN, COUNTED = 0.01, 1000
-"""Share of the pictures drawn that may be unreadable; of so many, or all there are, at first."""
-SHOWN = 20
-"""Broken pictures that an error names."""
 
 
 @dataclass(slots=True)
@@ -28,30 +25,29 @@ class Progress:
         skipped: steps that were not taken for want of finite numbers.
         in_row: of these, the last ones in a row.
         best: "step" and "loss" of the best evaluation.
-        broken: pictures that this rank could not read, with the reason, since it started.
-        drawn: pictures that this rank has drawn since then.
+        pictures: what this rank has drawn since it started, and could not read.
     """
 
     step: int = 0
     skipped: int = 0
     in_row: int = 0
     best: dict[str, float] | None = None
-    broken: dict[str, str] = field(default_factory=dict)
-    drawn: int = 0
+    pictures: BrokenCount = field(default_factory=lambda: BrokenCount(0))
     _better: bool = False
 
     @classmethod
-    def of(cls, meta: Mapping[str, Any] | None) -> "Progress":
+    def of(cls, meta: Mapping[str, Any] | None, stage: Stage) -> "Progress":
         """As a checkpoint has it; the beginning, if there is none."""
         names = ("step", "skipped", "in_row", "best")
-        return cls(**{name: meta[name] for name in names}) if meta else cls()
+        had: dict[str, Any] = {name: meta[name] for name in names} if meta else {}
+        return cls(**had, pictures=BrokenCount(stage.num_pictures))
 
     def notices(self, signals: Signals, saver: Saver, batches: list[Batch]) -> Notices:
         """What this rank tells the others with the next step."""
         for batch in batches:
-            self.drawn += len(batch.ids)
-            self.broken.update(batch.broken)
-        return Notices(signals.raised, saver.failed(), len(self.broken), self.drawn)
+            self.pictures.add(len(batch.ids), batch.broken)
+        known = self.pictures.broken, self.pictures.drawn
+        return Notices(signals.raised, saver.failed(), *known)
 
     def count(self, step: int, outcome: Outcome) -> None:
         """A step is over."""
@@ -85,7 +81,7 @@ class Progress:
             OSError: a checkpoint could not be written.
             ValueError: too many pictures cannot be read.
         """
-        config, total = state.config, state.stage.num_pictures
+        config = state.config
         if outcome.failed:
             saver.finish()
             raise OSError("another rank could not write a checkpoint, and says why")
@@ -94,15 +90,10 @@ class Progress:
                 f"{self.in_row} steps in a row of {config.name} were not finite, up to step "
                 f"{self.step}; {config.folder / 'nonfinite'} holds what they were"
             )
-        if outcome.broken > MOST_BROKEN * min(total, max(outcome.drawn, COUNTED)):
-            every: dict[str, str] = {}
-            for of_rank in state.ranks.gather(self.broken):
-                every |= of_rank
-            named = "; ".join(f"{name}: {why}" for name, why in list(every.items())[:SHOWN])
-            raise ValueError(
-                f"data must hold at most {MOST_BROKEN:.0%} of pictures that cannot be read, got "
-                f"{len(every)} of {min(total, outcome.drawn)} drawn: {named}"
-            )
+        if self.pictures.over(outcome.broken, outcome.drawn):
+            for reasons in state.ranks.gather(self.pictures.reasons):
+                self.pictures.add(0, reasons)
+            raise ValueError(self.pictures.message(outcome.broken, outcome.drawn))
 
 
 def describe_state(state: State, progress: Progress) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Stages "clip" and "dino": the two small vision encoders, frozen afterwards."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class EncoderStage:
         self.config, self.ranks, self.world = config, ranks, WORLDS[config.world]
         self.about: dict[str, Any] = {"world": config.world}
 
-    def batches(self, first: int) -> Iterator[list[Batch]]:
+    def batches(self, first: int) -> Generator[list[Batch], None, None]:
         """See Stage."""
         return scene_batches(self.config, self.ranks, first)
 

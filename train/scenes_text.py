@@ -1,7 +1,7 @@
 """Stage "text": the decoder and its text encoder learn captions; both are frozen afterwards."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class TextStage:
 
     num_pictures: float = math.inf
 
-    def batches(self, first: int) -> Iterator[list[Batch]]:
+    def batches(self, first: int) -> Generator[list[Batch], None, None]:
         """See Stage."""
         return scene_batches(self.config, self.ranks, first)
 

@@ -1,6 +1,6 @@
 """What the loop asks of a stage, and the batches that all stages of the scenes world share."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,7 +32,7 @@ class Stage(Protocol):
 
     @property
     def num_pictures(self) -> float:
-        """How many there are to draw; infinite for scenes."""
+        """How many there are to draw; infinite for scenes, which are made."""
         ...
 
     @property
@@ -40,7 +40,7 @@ class Stage(Protocol):
         """What checkpoints say of it, JSON; one whose entries differ is not gone on from."""
         ...
 
-    def batches(self, first: int) -> Iterator[list[Batch]]:
+    def batches(self, first: int) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of each step, from the step first on, without an end."""
         ...
 
@@ -69,7 +69,9 @@ class Stage(Protocol):
         ...
 
 
-def scene_batches(config: TrainConfig, ranks: Ranks, first: int) -> Iterator[list[Batch]]:
+def scene_batches(
+    config: TrainConfig, ranks: Ranks, first: int
+) -> Generator[list[Batch], None, None]:
     """Micro-batches of new scenes of the train split, drawn for each step; see Stage."""
     places = shares(config, ranks)
     step = first

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,7 +81,8 @@ class State:
         """
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, 1):
-            with self._apart(last=number == len(batches)):
+            # the backward may run blocks again, by the same kernels
+            with self._apart(last=number == len(batches)), self.attention():
                 with self.precision():
                     losses = self._whole(batch)
                 (losses["loss"] / len(batches)).backward()
@@ -111,21 +112,21 @@ class State:
         self.model.load_state_dict(self.ema.state_dict())
         self.model.eval()
         try:
-            with torch.no_grad(), self.precision():
+            with torch.no_grad(), self.precision(), self.attention():
                 yield
         finally:
             self.model.load_state_dict(own)
             self.model.train()
 
-    @contextmanager
-    def precision(self) -> Generator[None, None, None]:
+    def precision(self) -> AbstractContextManager[Any]:
         """Autocast as the config says."""
-        device = self.ranks.device.type
-        # the CPU flash kernel's backward costs six times that of plain matrix products at this size
-        attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
         half = self.config.precision == "bf16"
-        with torch.autocast(device, torch.bfloat16, enabled=half), attention:
-            yield
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=half)
+
+    def attention(self) -> AbstractContextManager[Any]:
+        """On a CPU, plain products: the flash kernel's backward costs six times as much there."""
+        on_cpu = self.ranks.device.type == "cpu"
+        return sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
 
     def _apart(self, last: bool) -> Any:
         """Ranks add their gradients up with the last micro-batch only."""

@@ -1,5 +1,6 @@
 """One step of all ranks together: they update alike, or none does."""
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import torch
@@ -41,21 +42,23 @@ class Notices:
     drawn: int = 0
 
 
-def take_step(state: State, step: int, batches: list[Batch], notices: Notices) -> Outcome:
+def take_step(
+    state: State, step: int, batches: list[Batch], notices: Callable[[], Notices]
+) -> Outcome:
     """Learn from a batch, if every loss of every rank and the gradient are finite.
 
     Args:
         state: changed in place.
         step: from 1.
         batches: of this rank.
-        notices: of this rank.
+        notices: of this rank; asked for once the gradients are there.
     """
     config, ranks = state.config, state.ranks
     # what draws from the global generator draws the same when the step is taken again
     torch.manual_seed(seed_of(config.seed, step, ranks.rank))
     losses, norm = state.backward(batches)
     numbers = torch.stack([*losses.values(), norm]).double()
-    told = torch.tensor(astuple(notices), dtype=torch.float64, device=ranks.device)
+    told = torch.tensor(astuple(notices()), dtype=torch.float64, device=ranks.device)
     faults = (~numbers.isfinite()).any().double()[None]
     bad, *sums = ranks.sum(torch.cat([faults, numbers, told]))
     finite = bad == 0

@@ -76,7 +76,7 @@ class Loader:
         self.source, self.order, self.buckets = source, order, tuple(buckets)
         self.micro, self.workers, self.pin = tuple(micro), workers, pin
 
-    def batches(self, first_step: int) -> Iterator[list[Batch]]:
+    def batches(self, first_step: int) -> Generator[list[Batch], None, None]:
         """The micro-batches of step after step, without end; workers start at once.
 
         Closing the iterator ends them.
@@ -160,7 +160,7 @@ class BrokenCount:
         reasons: why each could not be read, by id.
     """
 
-    def __init__(self, pictures: int) -> None:
+    def __init__(self, pictures: float) -> None:
         self.pictures, self.drawn = pictures, 0
         self.reasons: dict[str, str] = {}
 

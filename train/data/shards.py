@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,8 +62,8 @@ def durable(path: Path) -> Generator[Path, None, None]:
         OSError: it cannot be written; path is as it was.
     """
     # several hosts may share the folder
-    name = f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial"
-    partial = path.with_name(name)
+    whose = f"{os.getpid()}@{socket.gethostname()}"
+    partial = path.with_name(f".{path.name}.{whose}.partial")
     try:
         yield partial
         _sync(partial)
@@ -181,8 +182,7 @@ def finish(out: Path, begun: Mapping[str, Any], number: int) -> None:
     lengths = [shard.length for shard in shards]
     about = {"pictures": len(index), "broken": len(index.refused), "lengths": lengths}
     write_json(out / DONE, {**begun, **about, "fingerprint": index.fingerprint()})
-    for partial in out.glob(".shard-*.partial"):  # of those that were killed
-        partial.unlink(missing_ok=True)
+    _sweep(out)
 
 
 class ShardSource:
@@ -255,6 +255,16 @@ def _digest(sample: Mapping[str, Tensor]) -> bytes:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.digest()
+
+
+def _sweep(out: Path) -> None:
+    """Remove what processes left that were killed while they wrote; every shard is there."""
+    for partial in out.glob(".*.partial"):
+        whose = re.search(r"\.(\d+)@(.*)\.partial$", partial.name)
+        # others may write the same index at this moment, but no shard any more
+        gone = whose and whose[2] == socket.gethostname() and not Path(f"/proc/{whose[1]}").exists()
+        if gone or partial.name.startswith((".shard-", f".{BEGUN}.")):
+            partial.unlink(missing_ok=True)
 
 
 def _check_length(path: Path, wanted: int) -> None:

@@ -1,0 +1,153 @@
+"""A phase goes on from another: the hierarchy grows, and what was there stays."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from sda_fast.hierarchy import Hierarchy
+from tests.tiny_scenes import tiny_scenes_pipeline
+from train.__main__ import build_stage
+from train.checkpoint import newest_valid, read_meta, read_state
+from train.config import override
+from train.frozen import weights_hash
+from train.lineage import begin, find_parent
+from train.loop import train
+from train.ranks import Ranks
+from train.recipes import RECIPES
+from train.report import read_log
+from train.state import State
+
+TINY = [
+    "steps=2", "batch_size=2", "warmup_steps=1", "log_every=1", "eval_every=2", "eval_pictures=2",
+    "precision=fp32", "width=32", "num_layers=2", "num_heads=2", "level_dropout=0",
+]  # fmt: skip
+CHAIN = ("scenes-16", "scenes-32", "scenes-64", "scenes-128")
+QUERIES = "adapter.qformer.queries"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Frozen models of the scenes world, untrained."""
+    folder = tmp_path_factory.mktemp("parts")
+    pipe = tiny_scenes_pipeline()
+    pipe.flux.save_pretrained(folder / "flux")
+    pipe.adapter.encoder.clip.save_pretrained(folder / "clip")
+    pipe.adapter.encoder.dino.save_pretrained(folder / "dino")
+    return [f"{name}={folder / name}" for name in ("flux", "clip", "dino")]
+
+
+@pytest.fixture(scope="module")
+def out_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def tiny(recipe, out_dir, parts, *more):
+    words = [*TINY, "muon_lr=0", *parts, f"out_dir={out_dir}", *more]
+    return override(RECIPES[recipe](), words)
+
+
+@pytest.fixture(scope="module")
+def chain(parts, out_dir):
+    """All links, one after the other; the decoder's hash before and after."""
+    hashes, parent = set(), None
+    for recipe in CHAIN:
+        config = tiny(recipe, out_dir, parts)
+        stage = build_stage(config, Ranks())
+        hashes.add(weights_hash(stage.frozen.flux.transformer))
+        train(config, stage, parent=find_parent(config, parent))
+        hashes.add(weights_hash(stage.frozen.flux.transformer))
+        parent = str(config.folder)
+    assert len(hashes) == 1
+    return out_dir
+
+
+def checkpoint(out_dir, recipe):
+    return newest_valid(out_dir / recipe / "checkpoints", pytest.fail)
+
+
+def test_the_chain_runs_from_16_to_128(chain):
+    trees = [read_meta(checkpoint(chain, name))["adapter"]["tokens_per_node"] for name in CHAIN]
+    assert [Hierarchy(tuple(tree)).num_tokens for tree in trees] == [16, 32, 64, 128]
+    for name in CHAIN:
+        assert list(read_log(chain / name)) == [1, 2]
+        config = json.loads((chain / name / "export/adapter/config.json").read_text())
+        assert config["tokens_per_node"] == trees[CHAIN.index(name)]
+
+
+@pytest.mark.parametrize(("old", "new"), [*pairwise(CHAIN), ("scenes-16", "scenes-128")])
+def test_positions_that_were_there_stay_bit_for_bit(old, new, chain, parts, tmp_path):
+    path = checkpoint(chain, old)
+    config = tiny(new, tmp_path, parts)
+    state = State(config, build_stage(config, Ranks()), Ranks())
+    begin(state, find_parent(config, str(path)), seed=0)
+    before = Hierarchy(tuple(read_meta(path)["adapter"]["tokens_per_node"]))
+    after = Hierarchy(config.tokens_per_node)
+    rows = torch.cat(
+        [
+            torch.arange(after.span(node.path).start, after.span(node.path).stop)[
+                : node.stop - node.start
+            ]
+            for node in before.nodes()
+        ]
+    )
+    grown = state.tensors()
+    for kind in ("model/", "ema/", "optim/"):
+        for name, had in read_state(path, kind).items():
+            now = grown[kind + name]
+            if name.startswith(QUERIES) and had.ndim:
+                assert torch.equal(now[rows], had)
+                rest = torch.ones(len(now), dtype=torch.bool)
+                rest[rows] = False
+                assert rest.sum() == after.num_tokens - before.num_tokens
+                assert bool(now[rest].any()) == (kind != "optim/")
+            else:
+                assert torch.equal(now, had)
+
+
+def test_a_phase_names_the_parent_that_it_wants(parts, tmp_path, chain):
+    config = tiny("scenes-32", tmp_path, parts)
+    with pytest.raises(FileNotFoundError, match=r"goes on from scenes-16: give --from RUN"):
+        find_parent(config, None)
+    assert find_parent(config, "scratch") is None
+    with pytest.raises(FileNotFoundError, match="nothing holds none that is whole"):
+        find_parent(config, str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"tokens_per_node must not be smaller .* \(32, 8, 4\)"):
+        find_parent(config, str(chain / "scenes-128"))
+    wider = override(config, ["width=64"])
+    with pytest.raises(ValueError, match=r"another adapter: width \(was 32, now 64\)"):
+        find_parent(wider, str(chain / "scenes-16"))
+
+
+def test_a_parent_whose_checkpoint_is_torn_is_named(parts, tmp_path, chain):
+    from shutil import copytree
+
+    config = tiny("scenes-32", tmp_path, parts)
+    run = tmp_path / "run"
+    copytree(chain / "scenes-16", run)
+    state = next((run / "checkpoints").glob("step-*/*.safetensors"))
+    data = bytearray(state.read_bytes())
+    data[-5] ^= 1
+    state.write_bytes(data)
+    with pytest.raises(FileNotFoundError, match="none that is whole; .*differs"):
+        find_parent(config, str(run))
+    with pytest.raises(ValueError, match="differs"):
+        find_parent(config, str(state.parent))
+
+
+@pytest.mark.parametrize("decoder", ["fast"])
+def test_the_fused_path_learns_as_the_reference_does(decoder, parts, tmp_path):
+    """200 steps through FastFlux and through diffusers' blocks with a dense mask."""
+    curves = []
+    for way in ("stock", decoder):
+        words = ["steps=200", "eval_every=200", f"decoder={way}", "adamw_lr=3e-3", "width=32"]
+        config = tiny("scenes-adapter", tmp_path / way, parts, *words)
+        train(config, build_stage(config, Ranks()))
+        rows = read_log(config.folder)
+        curves.append(torch.tensor([rows[step]["loss"] for step in range(1, 201)]))
+    stock, fused = curves
+    assert stock[-20:].mean() < 0.97 * stock[:20].mean()
+    torch.testing.assert_close(fused[:20], stock[:20], rtol=1e-4, atol=0)
+    # rounding grows from step to step as the weights part
+    torch.testing.assert_close(fused, stock, rtol=5e-3, atol=0)
