@@ -40,8 +40,10 @@ ADAPTER = {
 }  # fmt: skip
 WARM_UPS = 3
 """After the first backward DDP makes its buckets anew, in the order gradients come."""
-FEW, MANY = 2, 6
+FEW, MANY = 1, 3
 """Steps whose bytes are counted: the difference is of steps alone, not of what surrounds them."""
+COUNTS = 3
+"""Of either, as others may use the interface."""
 TIMEOUT_S = 120.0
 COMPUTE_NICE = 10
 COUNTERS = Path("/proc/net/dev")
@@ -251,16 +253,18 @@ def bytes_a_step(mine: Rank) -> float | None:
     """Bytes that all ranks together sent on loopback for one step; None where none are counted."""
     if sent_on_loopback() is None:
         return None
-    counted = []
-    for steps in (FEW, MANY):
-        dist.barrier()
-        before = sent_on_loopback()
-        dist.barrier()
-        for _ in range(steps):
-            mine.step(_reduced)
-        dist.barrier()
-        counted.append((sent_on_loopback() or 0) - (before or 0))
-    return (counted[1] - counted[0]) / (MANY - FEW)
+    few, many = ([_count(mine, steps) for _ in range(COUNTS)] for steps in (FEW, MANY))
+    return (statistics.median(many) - statistics.median(few)) / (MANY - FEW)
+
+
+def _count(mine: Rank, steps: int) -> int:
+    dist.barrier()
+    before = sent_on_loopback()
+    dist.barrier()
+    for _ in range(steps):
+        mine.step(_reduced)
+    dist.barrier()
+    return (sent_on_loopback() or 0) - (before or 0)
 
 
 def sent_on_loopback(counters: Path = COUNTERS) -> int | None:

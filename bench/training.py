@@ -43,7 +43,8 @@ class Training(Suite):
             self.shelf.clear()  # the trainer is a process of its own and wants the memory
             torch.compiler.reset()
             free_memory(self.device)
-            yield rehearse(case, self.device, self.deadline) | self.about
+            kept = {"held_bytes": self._held()}
+            yield rehearse(case, self.device, self.deadline) | kept | self.about
             return
         for record in Suite.measure(replace(self, reps=min(self.reps, case.flux.reps)), case):
             yield record | rates(record)
@@ -89,10 +90,8 @@ class Training(Suite):
         """FLOPs that count, how far off the results are, what each part takes."""
         flux, notes = case.flux, {} if ready is None else ready.notes
         each = flux_flops(flux.config, flux.num_txt, flux.num_img, backward=True)
-        parts, held = None, None
+        held, parts = self._held(), None
         if ready is not None and "error" in notes and self.deadline.left() > 0:
-            if self.device.type == "cuda":
-                held = torch.cuda.memory_allocated(self.device)
             parts = self._parts(ready)
         return {
             "suite": "training",
@@ -108,6 +107,11 @@ class Training(Suite):
             "parts_ms": parts,
             "held_bytes": held,
         }
+
+    def _held(self) -> int | None:
+        """Bytes of models and optimizer; None off the GPU."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.memory_allocated(self.device) if on_gpu else None
 
     def _parts(self, ready: Ready) -> dict[str, float] | None:
         """None where the step cannot be done again, as one that failed."""

@@ -30,7 +30,7 @@ SMALL_STEPS = 20
 """Of the tiny models, two of whose checkpoints are enough."""
 WARM_UP = 2
 """First rows of the log that do not count: caches fill, kernels are compiled."""
-PICTURES, SIDE = 192, 1024
+PICTURES, SIDE = 128, 1024
 """Files, all different, and pixels to their side: larger than is trained on, as photographs are."""
 SMALL_PICTURES, SMALL_SIDE = 32, 96
 GRAIN = 12.0
@@ -46,8 +46,8 @@ def write_pictures(folder: Path, number: int, side: int) -> None:
     for i in range(number):
         soft = Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
         pixels = np.asarray(soft.resize((side, side), Image.Resampling.BICUBIC), np.float32)
-        grain = rng.normal(0, GRAIN, (side, side, 1)).astype(np.float32)
-        pixels = (pixels + grain).clip(0, 255).astype(np.uint8)
+        grain = rng.standard_normal((side, side, 1), np.float32)
+        pixels = (pixels + GRAIN * grain).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:05d}.jpg", quality=90)
 
 
@@ -63,9 +63,9 @@ def settings(case: TrainingCase, data: Path, out: Path) -> dict[str, Any]:
         "eval_every": SMALL_STEPS if small else STEPS,
         "batch_size": case.flux.batch,
         "micro_batch": case.flux.batch,
+        "resolution": case.picture[0],
     }
-    own = {"rehearsal": "small", "workers": 1} if small else {"resolution": case.picture[0]}
-    return given | own
+    return given | ({"rehearsal": "small", "workers": 1} if small else {})
 
 
 def rehearse(case: TrainingCase, device: torch.device, deadline: Deadline) -> Record:
@@ -75,19 +75,19 @@ def rehearse(case: TrainingCase, device: torch.device, deadline: Deadline) -> Re
         "suite": "training", "op": "trainer", "kind": case.kind, "case": case.name,
         "variant": "ours-trainer", "label": "**the trainer itself**", "pass": "forward+backward",
         "batch": case.flux.batch, "resolution": case.picture[0], "graph": False,
-        "peak_bytes": None, "nvml": None, "error": None, "parts_ms": None,
+        "peak_bytes": None, "held_bytes": None, "nvml": None, "error": None, "parts_ms": None,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="bench-training-") as scratch:
         data, out = Path(scratch) / "pictures", Path(scratch) / "runs"
         write_pictures(data, *((SMALL_PICTURES, SMALL_SIDE) if small else (PICTURES, SIDE)))
         given = settings(case, data, out)
-        failed = _run(given, device, deadline.left())
+        status, reason = run_trainer(given, device, deadline.left())
         rows = read_rows(out)
-    found = summary(rows)
-    if failed is None and found["p50_ms"] is None:
-        failed = f"its log has {len(rows)} rows, of which the first {WARM_UP} do not count"
-    status = "ok" if failed is None else "failed"
-    return record | found | {"status": status, "reason": failed}
+    found = summary(rows if status == "ok" else [])
+    if status == "ok" and found["p50_ms"] is None:
+        status = "failed"
+        reason = f"its log has {len(rows)} rows, of which the first {WARM_UP} do not count"
+    return record | found | {"status": status, "reason": reason}
 
 
 def summary(rows: Sequence[Record]) -> Record:
@@ -127,8 +127,19 @@ def read_rows(runs: Path) -> list[Record]:
     return rows
 
 
-def _run(given: dict[str, Any], device: torch.device, seconds: float) -> str | None:
-    """Run the trainer to its end; why it did not come to one, None if it did."""
+def run_trainer(
+    given: dict[str, Any], device: torch.device, seconds: float
+) -> tuple[str, str | None]:
+    """Run the trainer to its end, or to that of the time; no process of it is left.
+
+    Args:
+        given: of ``--set``, by key.
+        device: it sees no GPU unless this is one.
+        seconds: that there are.
+
+    Returns:
+        "ok", "failed" or "skipped", as where there was no time, and why.
+    """
     command = [sys.executable, "-m", "train", "rehearse"]
     command += [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
     hidden = {} if device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
@@ -140,11 +151,13 @@ def _run(given: dict[str, Any], device: torch.device, seconds: float) -> str | N
     try:
         said, _ = process.communicate(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
-        return f"it was ended after {seconds:.0f} s"
+        return "skipped", f"it was ended after {seconds:.0f} s: no time was left"
     finally:
         _end(process)
     last = " ".join(said.split())[-300:]
-    return None if process.returncode == 0 else f"it ended with {process.returncode}: {last}"
+    if process.returncode:
+        return "failed", f"it ended with {process.returncode}: {last}"
+    return "ok", None
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,8 @@ def test_broken_pictures_are_named_and_others_of_the_bucket_take_their_places(so
 
 
 @pytest.mark.parametrize(
-    ("workers", "micro", "world"), [(0, 4, 1), (0, 8, 1), (0, 1, 2), (0, 2, 4), (2, 2, 1), (2, 2, 2)]
+    ("workers", "micro", "world"),
+    [(0, 4, 1), (0, 8, 1), (0, 1, 2), (0, 2, 4), (2, 2, 1), (2, 2, 2)],
 )
 def test_workers_ranks_and_micro_batches_change_nothing(source, plain, workers, micro, world):
     steps = range(1, 13)
@@ -135,8 +137,7 @@ def test_a_bucket_without_a_whole_picture_ends_with_the_list(tmp_path):
     batches = Loader(source, order_of(source), SIZES, [range(BATCH)], 2).batches(1)
     message = f"data: step . has a place for which {ATTEMPTS} pictures in a row cannot be read"
     with pytest.raises(ValueError, match=message) as error:
-        for _ in range(order_of(source).steps_per_epoch):
-            next(batches)
+        list(islice(batches, order_of(source).steps_per_epoch))
     assert "  03.png: the image is damaged or truncated" in str(error.value)
 
 
@@ -148,10 +149,9 @@ def test_a_worker_that_is_killed_is_an_error_and_no_hang(source):
 
     def kill():
         os.kill(workers[0].pid, signal.SIGKILL)
-        for _ in range(1000):
-            next(batches)
+        list(islice(batches, 1000))
 
-    with pytest.raises(RuntimeError, match=r"DataLoader worker .*killed|a process .* has died"):
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .*(by signal|unexpectedly)"):
         kill()
 
 

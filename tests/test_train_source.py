@@ -81,9 +81,7 @@ def test_a_folder_is_read_to_any_depth(folder):
     for n, name in enumerate(NAMES):
         sample = source.read(n, (16, 16))
         assert sample.keys() == {"pictures"}
-        assert torch.equal(
-            sample["pictures"], decode((folder / name).read_bytes(), name, (16, 16))
-        )
+        assert torch.equal(sample["pictures"], decode((folder / name).read_bytes(), name, (16, 16)))
     with pytest.raises(IndexError, match="index must be 0 to 5, got 6"):
         source.ids(6)
     same = open_source(folder, workers=1)
@@ -194,14 +192,14 @@ def test_a_folder_without_pictures_is_named(tmp_path, folder):
     (empty / "a.gif").write_bytes(b"GIF89a")
     with pytest.raises(ValueError, match=r"data must hold pictures \(.jpg.*got .*empty without"):
         open_source(empty)
-    with pytest.raises(FileNotFoundError, match="data must be a folder, got .*none"):
+    with pytest.raises(FileNotFoundError, match=r"data must be a folder, got .*none"):
         open_source(tmp_path / "none")
     with pytest.raises(NotADirectoryError, match="data must be a folder, got the file"):
         open_source(folder / "a.png")
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         open_source(folder, workers=0)
     write_tar(folder / "x.tar", [])
-    with pytest.raises(ValueError, match="data must hold pictures or tars, .* 6 pictures and 1"):
+    with pytest.raises(ValueError, match=r"data must hold pictures or tars, .* 6 pictures and 1"):
         open_source(folder)
 
 
@@ -378,5 +376,7 @@ def test_a_damaged_tar_keeps_what_lies_before_and_is_named(tmp_path):
         assert re.search(reason, source.refused["bad.tar"])
     for n in range(2):
         (tmp_path / f"{n}.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="at most 1 % .*got 3 of 983 .*, 3 of 101 tars among them"):
+    with pytest.raises(
+        ValueError, match=r"at most 1 % .*got 3 of 983 .*, 3 of 101 tars among them"
+    ):
         open_source(tmp_path)

@@ -9,11 +9,13 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
-
 # what a run imports on its way, so that a fork finds it done
+import matplotlib.backends.backend_svg  # noqa: F401
+import matplotlib.figure  # noqa: F401
+import torch
 import torch.utils.tensorboard
-import transformers.models.dinov2.modeling_dinov2
+import transformers.models.dinov2.modeling_dinov2  # noqa: F401
+
 from train import lineage, loop, scenes_encoders  # noqa: F401
 from train.__main__ import app
 from train.checkpoint import newest_valid, read_meta, read_state, step_of

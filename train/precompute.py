@@ -24,7 +24,7 @@ from train.data.shards import (
     check_shard,
     discard_shard,
     finish,
-    read_note,
+    gather,
     shard_file,
     write_json,
     write_shard,
@@ -290,16 +290,15 @@ def _encode(encode: Encode, pictures: Tensor, ids: list[str]) -> dict[str, Tenso
 
 
 def _finish(out: Path, begun: dict[str, Any], number: int, pictures: int) -> bool:
+    gathered = gather(out, number)
+    if gathered is None:
+        return False
+    index, lengths = gathered
     count = BrokenCount(pictures)
-    for k in range(number):
-        try:
-            shard = read_note(out, k)
-        except FileNotFoundError:
-            return False
-        count.add(len(shard.ids) + len(shard.broken), shard.broken)
+    count.add(pictures, index.refused)
     if count.over():
         raise ValueError(count.message())
-    finish(out, begun, number)
+    finish(out, begun, index, lengths)
     return True
 
 

@@ -117,8 +117,8 @@ class Loader:
                     if "DataLoader worker" not in str(error):
                         raise
                     raise RuntimeError(
-                        f"a process that reads data has died: {error} Memory or /dev/shm may be "
-                        f"full; fewer workers than {self.workers} take less"
+                        f"a process that reads data has died ({error}): memory or /dev/shm may be "
+                        f"full, and fewer workers than {self.workers} take less of them"
                     ) from error
                 if not batch.tensors:
                     raise ValueError(

@@ -5,8 +5,9 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ DIGESTS = "digests"
 """Tensor of a shard: [n, 32] uint8, a sha256 of each sample. A digest of the whole shard would
 have every process read all of it, a GB, for the first sample it takes from it."""
 FORMAT = 1  # of the folder
+STALE = 3600  # seconds after which what another host began to write is taken for left
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,27 +161,38 @@ def discard_shard(out: Path, number: int) -> None:
     _shard_note(out, number).unlink(missing_ok=True)
 
 
-def finish(out: Path, begun: Mapping[str, Any], number: int) -> None:
+def gather(out: Path, number: int) -> tuple[Index, list[int]] | None:
+    """The index of shards 0 to number - 1 and their lengths, or None while one is missing.
+
+    Raises:
+        ValueError: the JSON of a shard is damaged.
+    """
+    parts, lengths = [], []
+    for k in range(number):
+        try:
+            shard = read_note(out, k)
+        except FileNotFoundError:
+            return None
+        rows = [Entry(name, shard.size, (k, row, 0)) for row, name in enumerate(shard.ids)]
+        parts.append(Index.of(rows, shard.broken))
+        lengths.append(shard.length)
+    return replace(join(parts), files=tuple(map(shard_file, range(number)))), lengths
+
+
+def finish(out: Path, begun: Mapping[str, Any], index: Index, lengths: Sequence[int]) -> None:
     """Write the index of all shards, and then the file that makes the folder a source.
 
     Args:
-        out: the folder, with shards 0 to number - 1.
+        out: the folder, with all its shards.
         begun: what ``begun.json`` says.
-        number: of shards.
+        index: as gathered.
+        lengths: of the shards, likewise.
 
     Raises:
-        OSError: a shard is missing, or something cannot be written.
-        ValueError: the JSON of a shard is damaged.
+        OSError: something cannot be written.
     """
-    shards = [read_note(out, k) for k in range(number)]
-    parts = [
-        Index.of([Entry(name, s.size, (k, row, 0)) for row, name in enumerate(s.ids)], s.broken)
-        for k, s in enumerate(shards)
-    ]
-    index = replace(join(parts), files=tuple(map(shard_file, range(number))))
     with durable(out / INDEX) as partial:
         index.save(partial)
-    lengths = [shard.length for shard in shards]
     about = {"pictures": len(index), "broken": len(index.refused), "lengths": lengths}
     write_json(out / DONE, {**begun, **about, "fingerprint": index.fingerprint()})
     _sweep(out)
@@ -258,13 +271,14 @@ def _digest(sample: Mapping[str, Tensor]) -> bytes:
 
 
 def _sweep(out: Path) -> None:
-    """Remove what processes left that were killed while they wrote; every shard is there."""
+    """Remove what processes left that were killed while they wrote."""
     for partial in out.glob(".*.partial"):
         whose = re.search(r"\.(\d+)@(.*)\.partial$", partial.name)
-        # others may write the same index at this moment, but no shard any more
-        gone = whose and whose[2] == socket.gethostname() and not Path(f"/proc/{whose[1]}").exists()
-        if gone or partial.name.startswith((".shard-", f".{BEGUN}.")):
-            partial.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # others sweep too
+            old = time.time() - partial.stat().st_mtime > STALE
+            here = whose and whose[2] == socket.gethostname()
+            if old or (whose and here and not Path(f"/proc/{whose[1]}").exists()):
+                partial.unlink()
 
 
 def _check_length(path: Path, wanted: int) -> None:
