@@ -98,11 +98,11 @@ def _steps(side: TrainingSide) -> str:
                 record["label"],
                 f"{record['pictures_per_s']:.2f}",
                 f"{record['p50_ms']:.1f}",
-                f"{100 * record['mfu']:.0f} %",
+                _of_hundred(record["mfu"], 0),
                 number(side.over_ours(record["variant"]), 2),
                 amount(peak, GIB),
                 amount(None if peak is None or held is None else held + peak, GIB),
-                "–" if record["error"] is None else f"{100 * record['error']:.1f} %",
+                _of_hundred(record["error"], 1),
             ]
         )
     head = [f"`{side.case}`", "pictures/s", "ms", "of roof", "÷ ours", "step's peak, GiB"]
@@ -130,13 +130,19 @@ def _trainer(side: TrainingSide) -> str:
             record["label"],
             number(record["pictures_per_s"], 2),
             f"{record['p50_ms']:.1f}",
-            "–" if record["data_wait"] is None else f"{100 * record['data_wait']:.2f} %",
+            _of_hundred(record["mfu"], 0),
+            number(record["memory_gib"], 1),
+            _of_hundred(record["data_wait"], 2),
             number(record["checkpoint_stall_s"], 3),
         ]
         for record in _timed(side)
     ]
-    head = [f"`{side.case}`", "pictures/s", "ms a step", "waits for data"]
-    return table([*head, "a checkpoint stops it, s"], rows)
+    head = [f"`{side.case}`", "pictures/s", "ms a step", "of roof", "peak in all, GiB"]
+    return table([*head, "waits for data", "a checkpoint stops it, s"], rows)
+
+
+def _of_hundred(share: float | None, digits: int) -> str:
+    return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
 def _circumstances(found: Iterable[TrainingSide]) -> list[str]:

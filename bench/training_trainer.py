@@ -26,13 +26,12 @@ from bench.training_cases import TrainingCase
 
 ROOT = Path(__file__).parent.parent
 LOG_EVERY, CHECKPOINT_EVERY, STEPS = 5, 10, 40
-SMALL_STEPS = 20
-"""Of the tiny models, two of whose checkpoints are enough."""
+SMALL_LOG_EVERY, SMALL_CHECKPOINT_EVERY, SMALL_STEPS = 3, 6, 12
 WARM_UP = 2
 """First rows of the log that do not count: caches fill, kernels are compiled."""
 PICTURES, SIDE = 128, 1024
 """Files, all different, and pixels to their side: larger than is trained on, as photographs are."""
-SMALL_PICTURES, SMALL_SIDE = 32, 96
+SMALL_PICTURES, SMALL_SIDE = 16, 96
 GRAIN = 12.0
 """Of 255: what makes a JPEG take the bytes, and the time, of a photograph."""
 END_S = 15.0
@@ -54,13 +53,16 @@ def write_pictures(folder: Path, number: int, side: int) -> None:
 def settings(case: TrainingCase, data: Path, out: Path) -> dict[str, Any]:
     """Of ``--set``, by key."""
     small = case.flux.model == "tiny"
+    log, save, steps = LOG_EVERY, CHECKPOINT_EVERY, STEPS
+    if small:
+        log, save, steps = SMALL_LOG_EVERY, SMALL_CHECKPOINT_EVERY, SMALL_STEPS
     given = {
         "data": data,
         "out_dir": out,
-        "steps": SMALL_STEPS if small else STEPS,
-        "log_every": LOG_EVERY,
-        "checkpoint_every": CHECKPOINT_EVERY,
-        "eval_every": SMALL_STEPS if small else STEPS,
+        "steps": steps,
+        "log_every": log,
+        "checkpoint_every": save,
+        "eval_every": steps,
         "batch_size": case.flux.batch,
         "micro_batch": case.flux.batch,
         "resolution": case.picture[0],
@@ -95,23 +97,23 @@ def summary(rows: Sequence[Record]) -> Record:
 
     Returns:
         p50_ms (of steps between which no checkpoint was begun, where there are any), reps,
-        pictures_per_s and data_wait (medians), checkpoint_stall_s (the longest) and
-        checkpoint_stall_steps.
+        pictures_per_s, mfu and data_wait (medians), memory_gib (the most), checkpoint_stall_s (the
+        longest) and checkpoint_stall_steps.
     """
     rows = list(rows)[WARM_UP:]
     free = [row for row in rows if row.get("checkpoint_stall") is None] or rows
-    middle = lambda key, some: median(row[key] for row in some) if some else None
-    seconds = middle("seconds", free)
-    waits = [row for row in rows if row.get("data_wait") is not None]
-    stalls = [row["checkpoint_stall"] for row in rows if row.get("checkpoint_stall") is not None]
-    longest = max(stalls, default=None)
+    every = lambda key, some: [row[key] for row in some if row.get(key) is not None]
+    middle = lambda key, some: median(found) if (found := every(key, some)) else None
+    seconds, longest = middle("seconds", free), max(every("checkpoint_stall", rows), default=None)
     return {
         "reps": len(rows),
         "p50_ms": None if seconds is None else 1e3 * seconds,
         "p20_ms": None,
         "p80_ms": None,
         "pictures_per_s": middle("pictures_per_s", free),
-        "data_wait": middle("data_wait", waits),
+        "mfu": middle("mfu", free),
+        "memory_gib": max(every("memory_gib", rows), default=None),
+        "data_wait": middle("data_wait", rows),
         "checkpoint_stall_s": longest,
         "checkpoint_stall_steps": None if longest is None or not seconds else longest / seconds,
     }

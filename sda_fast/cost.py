@@ -49,6 +49,25 @@ def modulation_weights(config: Mapping[str, Any]) -> int:
     return d * (norms * d + embedders)
 
 
+def flux_parameters(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Numbers of a FLUX transformer, exactly: outside of blocks, of a double, of a single block.
+
+    Args:
+        config: of a FluxTransformer2DModel.
+    """
+    head = config["attention_head_dim"]
+    d = config["num_attention_heads"] * head
+    embedder = lambda features: _linear(features, d) + _linear(d, d)
+    outside = (1 + bool(config["guidance_embeds"])) * embedder(TIME_CHANNELS)
+    outside += embedder(config["pooled_projection_dim"])
+    outside += _linear(config["in_channels"], d) + _linear(config["joint_attention_dim"], d)
+    outside += _linear(d, 2 * d) + _linear(d, config["in_channels"])
+    feed_forward = _linear(d, 4 * d) + _linear(4 * d, d)
+    stream = _linear(d, 6 * d) + 4 * _linear(d, d) + feed_forward + 2 * head
+    single = _linear(d, 3 * d) + 3 * _linear(d, d) + _linear(d, 4 * d) + _linear(5 * d, d)
+    return outside, 2 * stream, single + 2 * head
+
+
 def adapter_flops(config: Mapping[str, Any], patches: int, backward: bool = False) -> float:
     """FLOPs of a SemanticAdapter for one picture: matrix products and attention.
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, Dinov2Config
@@ -13,12 +14,14 @@ from sda_fast.cost import (
     adapter_parameters,
     all_reduce_bytes,
     all_reduce_seconds,
+    flux_parameters,
     vision_flops,
     vision_parameters,
 )
-from sda_fast.shapes import CLIP_VIT_H, DINOV2_VIT_L
+from sda_fast.shapes import CLIP_VIT_H, DINOV2_VIT_L, FLUX_DEV
 
 from .tiny_encoders import tiny_vision_model
+from .tiny_flux import TRANSFORMER
 
 TINY = {
     "tokens_per_node": (3, 2), "in_features": 20, "width": 32, "num_layers": 3, "num_heads": 2,
@@ -26,19 +29,37 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        PRESETS["reference"].config,
-        TINY,
-        TINY | {"cross_attention_every": 2},
-        TINY | {"cross_attention_every": 5},
-    ],
-)
-def test_an_adapter_has_that_many_parameters(config):
+@pytest.fixture(scope="module")
+def reference():
+    """Made before any test: torch remembers what it puts on the meta device at the first use."""
     with torch.device("meta"):
-        adapter = SemanticAdapter(**config)
-    assert adapter_parameters(config) == sum(p.numel() for p in adapter.parameters())
+        return SemanticAdapter(**PRESETS["reference"].config)
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_an_adapter_has_that_many_parameters(every, reference):
+    config = TINY | {"cross_attention_every": every}
+    for known, adapter in (
+        (config, SemanticAdapter(**config)),
+        (PRESETS["reference"].config, reference),
+    ):
+        assert adapter_parameters(known) == sum(p.numel() for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_a_transformer_has_that_many_parameters(guidance):
+    config = {**TRANSFORMER, "num_layers": 2, "num_single_layers": 3, "guidance_embeds": guidance}
+    model = FluxTransformer2DModel(**config)
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    outside, double, single = flux_parameters(config)
+    assert double == size(model.transformer_blocks[0])
+    assert single == size(model.single_transformer_blocks[0])
+    assert outside + 2 * double + 3 * single == size(model)
+
+
+def test_the_large_transformer_has_the_published_size():
+    outside, double, single = flux_parameters(FLUX_DEV)
+    assert (outside + 19 * double + 38 * single) / 1e9 == pytest.approx(11.90, rel=1e-3)
 
 
 def attention(q, k, v, *args, out_val=None, **kwargs):

@@ -247,3 +247,17 @@ def test_what_cannot_be_is_named(source):
             Loader(source, order, SIZES, micro, workers)
     with pytest.raises(ValueError, match="first_step must be at least 1, got 0"):
         Loader(source, order, SIZES, [range(8)], 0).batches(0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_batches_are_the_same(source, plain):
+    batches = Loader(source, order_of(source), SIZES, [range(BATCH)], 2, pin=True).batches(1)
+    lists = [next(batches) for _ in range(3)]
+    batches.close()
+    assert all(batch.tensors["pictures"].is_pinned() for step in lists for batch in step)
+    rows, _ = by_place(lists)
+    assert rows == {key: row for key, row in plain[0].items() if key[0] < 4}
+    (first,) = lists[0]
+    assert isinstance(first.places, tuple)
+    assert isinstance(first.size, tuple)

@@ -5,15 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from bench.flux_cases import TRAIN_CASES
 from bench.training_cases import CASES as TRAINING_CASES
 from sda_fast.adapter import SemanticAdapter
-from sda_fast.cost import all_reduce_bytes
+from sda_fast.adapter_config import PRESETS
+from sda_fast.cost import adapter_parameters, all_reduce_bytes, flux_parameters
+from sda_fast.fast_memory import forward_bytes, kept_bytes
+from sda_fast.shapes import FLUX_DEV, FLUX_VAE
 from train.optim import build_optimizers, optimizer_tensors
 from train.plan import Assumptions, lines_of, make_plan, print_plan
-from train.plan_memory import LEARNT, memory_parts, models_of, trained_numbers
+from train.plan_memory import LEARNT, Outline, memory_parts, models_of, trained_numbers
 from train.recipes import RECIPES
+
+from .tiny_flux import TRANSFORMER
 
 PHASE3 = RECIPES["phase3-128"]()
 OURS = {
@@ -48,12 +54,11 @@ def test_the_parts_of_memory_are_those_of_the_models(models):
     parts = {part.what.split(",")[0]: part for part in memory_parts(PHASE3, models, 32)}
     assert parts["FLUX weights"].fixed / 1e9 == pytest.approx(23.80, rel=1e-3)
     assert parts["encoders"].fixed / 2e6 == pytest.approx(631.7 + 304.4, rel=3e-3)
-    assert parts["VAE"].fixed == 2 * 83_819_683
+    vae = AutoencoderKL(**FLUX_VAE)
+    assert parts["VAE"].fixed == 2 * sum(p.numel() for p in vae.parameters())
     kept = next(p for name, p in parts.items() if name.startswith("kept by FLUX"))
     assert kept.each == (17 * 19 + 13 * 38) * (128 + 1024) * 3072 * 2
-    with torch.device("meta"):
-        adapter = SemanticAdapter(**models.adapter)
-    assert trained_numbers(PHASE3, models) == sum(p.numel() for p in adapter.parameters())
+    assert trained_numbers(PHASE3, models) == adapter_parameters(PRESETS["reference"].config)
 
 
 def test_what_learns_takes_the_bytes_of_real_weights_gradients_and_moments():
@@ -75,13 +80,22 @@ def test_what_learns_takes_the_bytes_of_real_weights_gradients_and_moments():
 def test_sharding_and_fp8_change_the_weights_alone(models):
     plain = memory_parts(PHASE3, models, 32)
     sharded = memory_parts(replace(PHASE3, shard_flux=True), models, 32)
-    double = sum(p.numel() for p in models.transformer.transformer_blocks[0].parameters())
+    double = flux_parameters(FLUX_DEV)[1]
     assert sharded[0].fixed == pytest.approx(plain[0].fixed / 32 + 2 * 2 * double)
     assert memory_parts(replace(PHASE3, shard_flux=True), models, 1)[0].fixed == plain[0].fixed
     quantised = memory_parts(replace(PHASE3, flux_precision="fp8"), models, 32)
     # both orders of every linear of the blocks; a double block has 24, a single one 12 d * d
     assert quantised[1].fixed == 2 * (24 * 19 + 12 * 38) * 3072**2
     assert quantised[2:] == plain[1:]
+
+
+def test_an_outline_stands_in_for_a_transformer():
+    model = FluxTransformer2DModel(**TRANSFORMER).to(torch.bfloat16)
+    outline = Outline(TRANSFORMER, torch.bfloat16)
+    assert outline.nbytes == sum(p.nbytes for p in model.parameters())
+    for policy in ("none", "attention-out", "full"):
+        assert kept_bytes(outline, 77, policy) == kept_bytes(model, 77, policy)
+    assert forward_bytes(outline, 77) == forward_bytes(model, 77)
 
 
 def test_recompute_and_open_layers_and_resolution_count(models):

@@ -1,16 +1,18 @@
 """``python -m train RECIPE [--set key=value ...]``: run or resume a training run."""
 
 import json
+import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import torch.distributed as dist
 import typer
 from typer.core import TyperGroup
 
 from train.config import AdapterConfig, FluxConfig, TrainConfig, override
-from train.ranks import Ranks, open_ranks
+from train.ranks import Ranks, leave, open_ranks
 from train.recipes import CHAINS, RECIPES
 from train.signals import AGAIN, Ended
 from train.stage import Stage
@@ -66,6 +68,9 @@ def run(
             raise typer.Exit(AGAIN) from error
         except FAULTS as error:
             _fail(f"{name}: {error}", 1)
+        except Exception:
+            traceback.print_exc()
+            _end(1)
 
 
 @app.command()
@@ -226,6 +231,12 @@ def _print(act: Callable[[], Any], command: str) -> None:
 
 def _fail(message: str, code: int) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    if dist.is_initialized():
+        leave(code)
     raise typer.Exit(code)
 
 

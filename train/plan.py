@@ -206,8 +206,7 @@ def _together(
     # sharded weights come once for the forward and once for the backward of each micro-batch
     gathered = 0.0
     if isinstance(config, FluxConfig) and config.shard_flux:
-        weights = sum(p.nbytes for p in models.transformer.parameters())
-        gathered = 2 * (gpus - 1) / gpus * weights
+        gathered = 2 * (gpus - 1) / gpus * models.transformer.nbytes
         late = gathered / rate - (micro / speed.value if speed else 0)
         late = max(0.0, late) * share / micro
         source += f"; {late:.2f} s for FLUX's weights, which come later than they are used"

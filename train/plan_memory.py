@@ -1,20 +1,20 @@
 """What a run needs of a GPU's memory, by arithmetic: nothing is loaded, nothing allocated."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
 
-from sda_fast.cost import adapter_parameters, vision_parameters
+from sda_fast.cost import adapter_parameters, flux_parameters, vision_parameters
 from sda_fast.fast_memory import forward_bytes, kept_bytes
 from sda_fast.hierarchy import Hierarchy
 from train.config import AdapterConfig, FluxConfig
 
 LEARNT, CAST = 4 + 4 + 8 + 4, 2
 """Bytes of a number that learns: weight, gradient, two moments and average, f32; its bf16 copy."""
+FLUX_VAE_NUMBERS = 83_819_683
+"""Of an AutoencoderKL in the shape of sda_fast.shapes.FLUX_VAE."""
 VAE_MAPS, VAE_CHANNELS = 4, 128
 """Feature maps of full size that the VAE's encoder holds at once, about, and their channels."""
 LAYER_KEPT = 17
@@ -29,28 +29,66 @@ GATHERED = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Outline:
+    """What sda_fast.fast_memory asks of a FluxTransformer2DModel, without one.
+
+    Attributes:
+        config: of it.
+        dtype: of its weights.
+    """
+
+    config: Mapping[str, Any]
+    dtype: torch.dtype
+
+    @property
+    def inner_dim(self) -> int:
+        """Channels of a token."""
+        return self.config["num_attention_heads"] * self.config["attention_head_dim"]
+
+    @property
+    def transformer_blocks(self) -> range:
+        """As many as there are double blocks."""
+        return range(self.config["num_layers"])
+
+    @property
+    def single_transformer_blocks(self) -> range:
+        """As many as there are single blocks."""
+        return range(self.config["num_single_layers"])
+
+    @property
+    def numbers(self) -> int:
+        """Parameters."""
+        outside, double, single = flux_parameters(self.config)
+        doubles, singles = len(self.transformer_blocks), len(self.single_transformer_blocks)
+        return outside + doubles * double + singles * single
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights."""
+        return self.numbers * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class Models:
     """What a run holds, without weights.
 
     Attributes:
-        transformer: of FLUX, on the meta device.
+        transformer: of FLUX.
         vae: parameters.
         clip: of a vision tower, its config.
         dino: likewise.
         adapter: arguments of a SemanticAdapter.
         patch: pixels along an image token.
         encoder_size: pixels along the encoders' square.
-        itemsize: bytes of a frozen number of the decoder.
     """
 
-    transformer: Any
+    transformer: Outline
     vae: int
     clip: Any
     dino: Any
     adapter: dict[str, Any]
     patch: int
     encoder_size: int
-    itemsize: int
 
     @property
     def patches(self) -> int:
@@ -83,28 +121,14 @@ def side_of(config: AdapterConfig) -> int:
 def _flux_models(config: FluxConfig) -> Models:
     from transformers import CLIPVisionConfig, Dinov2Config
 
-    from sda_fast.shapes import CLIP_VIT_H, DINOV2_VIT_L
+    from sda_fast.shapes import CLIP_VIT_H, DINOV2_VIT_L, FLUX_DEV
 
     if config.rehearsal == "small":
         raise ValueError("rehearsal must be none or full to be planned for, got small")
-    transformer, vae = _flux_dev()
+    transformer = Outline(FLUX_DEV, torch.bfloat16)
     clip, dino = CLIPVisionConfig(**CLIP_VIT_H), Dinov2Config(**DINOV2_VIT_L)
-    adapter = _adapter(config, clip, dino, transformer.config.joint_attention_dim)
-    return Models(transformer, vae, clip, dino, adapter, 16, config.encoder_size, 2)
-
-
-@cache
-def _flux_dev() -> tuple[Any, int]:
-    """FLUX's transformer in bf16, without memory, and how many numbers its VAE holds."""
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
-
-    from sda_fast.shapes import FLUX_DEV, FLUX_VAE
-
-    with torch.device("meta"):
-        transformer: Any = FluxTransformer2DModel(**FLUX_DEV)
-        vae: Any = AutoencoderKL(**FLUX_VAE)
-    # diffusers warns at its own ``to``
-    return nn.Module.to(transformer, torch.bfloat16), _count(vae.parameters())
+    adapter = _adapter(config, clip, dino, FLUX_DEV["joint_attention_dim"])
+    return Models(transformer, FLUX_VAE_NUMBERS, clip, dino, adapter, 16, config.encoder_size)
 
 
 def _scenes_models(config: AdapterConfig) -> Models:
@@ -114,14 +138,12 @@ def _scenes_models(config: AdapterConfig) -> Models:
     world = WORLDS[config.world]
     # as in train.frozen: FastFlux computes in the dtype of its weights, autocast with f32 ones
     half = config.decoder == "fast" and config.precision == "bf16"
-    with torch.device("meta"):
-        flux: Any = build_flux(world)
-        clip, dino = build_clip(world), build_dino(world)
-    transformer: Any = nn.Module.to(flux.transformer, torch.bfloat16 if half else torch.float32)
-    vae = _count(flux.vae.parameters())
-    adapter = _adapter(config, clip.config, dino.config, WIDTH)
-    item = transformer.dtype.itemsize
-    return Models(transformer, vae, clip.config, dino.config, adapter, PATCH, world.size, item)
+    flux: Any = build_flux(world)
+    transformer = Outline(flux.transformer.config, torch.bfloat16 if half else torch.float32)
+    clip, dino = build_clip(world).config, build_dino(world).config
+    vae = sum(p.numel() for p in flux.vae.parameters())
+    adapter = _adapter(config, clip, dino, WIDTH)
+    return Models(transformer, vae, clip, dino, adapter, PATCH, world.size)
 
 
 def _adapter(config: AdapterConfig, clip: Any, dino: Any, out: int) -> dict[str, Any]:
@@ -166,14 +188,16 @@ def memory_parts(config: AdapterConfig, models: Models, gpus: int) -> list[Part]
     kept = kept_bytes(transformer, tokens, config.recompute)
     at_once = forward_bytes(transformer, tokens)
     # the VAE is done before FLUX begins: it counts where it needs more than all that FLUX keeps
-    vae_maps = VAE_MAPS * VAE_CHANNELS * side * side * models.itemsize if models.vae else 0
+    vae_maps = (
+        VAE_MAPS * VAE_CHANNELS * side * side * transformer.dtype.itemsize if models.vae else 0
+    )
     own = "" if _fused(config) else "; diffusers' own blocks keep more"
     towers = vision_parameters(models.clip) + vision_parameters(models.dino)
     towers -= _opened(config) * _layer_numbers(models.dino)  # those are among what learns
     return [
         *_decoder_parts(config, models, gpus),
-        Part("VAE", models.vae * models.itemsize, 0, f"modelled: {_number(models.vae)} numbers"),
-        Part("encoders", towers * models.itemsize, 0, f"modelled: {_number(towers)} numbers"),
+        Part("VAE", models.vae * item, 0, f"modelled: {_number(models.vae)} numbers"),
+        Part("encoders", towers * item, 0, f"modelled: {_number(towers)} numbers"),
         Part(
             "what learns: weights, gradient, moments, average", trained * LEARNT, 0,
             f"modelled: {_number(trained)} numbers, {LEARNT} bytes each",
@@ -197,25 +221,18 @@ def trained_numbers(config: AdapterConfig, models: Models) -> int:
 def _decoder_parts(config: AdapterConfig, models: Models, gpus: int) -> list[Part]:
     """Weights of FLUX."""
     transformer = models.transformer
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    every = _count(transformer.parameters())
-    item = models.itemsize
-    source = f"modelled: {_number(every)} numbers, {item} bytes each"
+    item = transformer.dtype.itemsize
+    source = f"modelled: {_number(transformer.numbers)} numbers, {item} bytes each"
     if isinstance(config, FluxConfig) and config.shard_flux and gpus > 1:
-        largest = max(_count(block.parameters()) for block in blocks)
-        held = every * item / gpus + GATHERED * largest * item
-        return [
-            Part("FLUX weights, sharded", held, 0, f"{source}, on {gpus} GPUs; {GATHERED} blocks")
-        ]
-    parts = [Part("FLUX weights", every * item, 0, source)]
+        largest = max(flux_parameters(transformer.config)[1:])
+        held = transformer.nbytes / gpus + GATHERED * largest * item
+        source += f", on {gpus} GPUs; {GATHERED} blocks whole"
+        return [Part("FLUX weights, sharded", held, 0, source)]
+    parts = [Part("FLUX weights", transformer.nbytes, 0, source)]
     if isinstance(config, FluxConfig) and config.flux_precision == "fp8":
-        linears = sum(
-            module.weight.numel()
-            for block in blocks
-            for name, module in block.named_modules()
-            # what makes shifts, scales and gates is not quantised
-            if isinstance(module, nn.Linear) and not name.startswith("norm")
-        )
+        doubles, singles = transformer.transformer_blocks, transformer.single_transformer_blocks
+        # what makes shifts, scales and gates is not quantised
+        linears = (24 * len(doubles) + 12 * len(singles)) * transformer.inner_dim**2
         source = f"modelled: {_number(linears)} numbers, for the forward and for the backward"
         parts.append(Part("FLUX weights once more, fp8", 2 * linears, 0, source))
     return parts
@@ -244,10 +261,6 @@ def _layer_numbers(tower: Any) -> int:
 def _fused(config: AdapterConfig) -> bool:
     """Whether FLUX runs as FastFlux, whose memory is known."""
     return config.decoder == "fast" and not (isinstance(config, FluxConfig) and config.shard_flux)
-
-
-def _count(parameters: Iterable[torch.Tensor]) -> int:
-    return sum(p.numel() for p in parameters)
 
 
 def _number(value: float) -> str:

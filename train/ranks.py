@@ -1,11 +1,13 @@
 """The processes of a run: torchrun's, or this one alone."""
 
 import os
+import re
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -55,8 +57,13 @@ class Ranks:
 def open_ranks(timeout_s: float) -> Generator[Ranks, None, None]:
     """The ranks that torchrun started, with a process group; or this process alone.
 
+    After an error of a group's rank the process should end by ``leave``.
+
     Args:
         timeout_s: how long one waits for the others before the run ends.
+
+    Raises:
+        RuntimeError: another rank has ended or does not answer.
     """
     on_gpu = torch.cuda.is_available()
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
@@ -69,7 +76,25 @@ def open_ranks(timeout_s: float) -> Generator[Ranks, None, None]:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s)
     )
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()
+        yield ranks
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL", str(error)):
+            raise
+        raise RuntimeError(
+            f"rank {ranks.rank} of {ranks.world} has lost the others: one has ended, and says why, "
+            f"or did not answer for timeout_s = {timeout_s:g} s: {error}"
+        ) from error
+    dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now, for others may wait for it.
+
+    The destructors of a group that has lost a rank may wait without an end: they hold Python's
+    lock and join threads that want it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

@@ -49,17 +49,19 @@ class Listing:
         text = json.dumps([rows, self.refused])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def take(self, root: Path, name: str, size: Size | None = None) -> None:
-        """Add the file of that name, or the reason why it is refused.
+    def take(self, name: str, path: str | None, size: Size | None = None) -> None:
+        """Add a file, or the reason why it is refused.
 
-        Links are followed within root, never out of it.
+        Args:
+            name: of the file.
+            path: where it lies, links followed; None for out of the folder.
+            size: of its picture, where it is known.
         """
-        path = Path(os.path.realpath(root / name))
-        if not path.is_relative_to(root):
+        if path is None:
             self.refused[name] = "is a link out of the folder"
             return
         try:
-            about = path.stat()
+            about = os.stat(path)
         except OSError as error:
             self.refused[name] = f"cannot be read: {error.strerror}"
             return
@@ -94,7 +96,8 @@ def list_folder(root: Path, suffixes: Collection[str]) -> Listing:
                     folders.append(name)
                 elif _may_matter(entry, root, suffixes):
                     if printable(name) == name:
-                        listing.take(root, name)
+                        link = entry.is_symlink()
+                        listing.take(name, _inside(root, name) if link else entry.path)
                     else:
                         listing.refused[printable(name)] = "has a name that is not UTF-8"
     listing.files.sort(key=lambda file: file.name)
@@ -131,7 +134,7 @@ def list_metadata(root: Path) -> Listing:
             elif size and size[0] * size[1] > MAX_PIXELS:
                 listing.refused[name] = f"must have at most {MAX_PIXELS:,} pixels, has {size}"
             else:
-                listing.take(root, name, size)
+                listing.take(name, _inside(root, name), size)
     listing.files.sort(key=lambda file: file.name)
     return listing
 
@@ -185,4 +188,10 @@ def _may_matter(entry: os.DirEntry[str], root: Path, suffixes: Collection[str]) 
     """Whether it is what is looked for, or a link out of root to a folder."""
     if entry.is_symlink() and os.path.isdir(entry.path):
         return not Path(os.path.realpath(entry.path)).is_relative_to(root)
-    return PurePosixPath(entry.name).suffix.lower() in suffixes
+    return os.path.splitext(entry.name)[1].lower() in suffixes
+
+
+def _inside(root: Path, name: str) -> str | None:
+    """Where a name leads, or None if that is not below root."""
+    path = os.path.realpath(root / name)
+    return path if Path(path).is_relative_to(root) else None

@@ -112,7 +112,7 @@ class Loader:
             batches = []
             for _ in self.micro:
                 try:
-                    batch = Batch(**next(results))
+                    batch = _batch(**next(results))
                 except RuntimeError as error:
                     if "DataLoader worker" not in str(error):
                         raise
@@ -196,6 +196,12 @@ class BrokenCount:
             f"data must have at most 1 % of pictures that cannot be read, got {broken:,} in "
             f"{drawn:,} drawn; here:\n{list_reasons(self.reasons)}"
         )
+
+
+def _batch(places: Sequence[int], ids: Sequence[str], size: Sequence[int], **others: Any) -> Batch:
+    """A Batch of what a reader returned; some versions of torch pin tuples as lists."""
+    height, width = size
+    return Batch(places=tuple(places), ids=tuple(ids), size=(height, width), **others)
 
 
 class _Reader(Dataset):
