@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -22,7 +23,6 @@ from bench.circumstances import circumstances
 from bench.command import results_folder
 from bench.measure import Deadline
 from bench.records import Record, append_record
-from bench.scaling_ranks import Job, rank_main
 from sda_fast.cost import all_reduce_bytes, all_reduce_seconds
 
 RANKS, SMALL_RANKS = "1,2,4", "1,2"
@@ -31,6 +31,32 @@ MOST_RANKS = 64
 EXACT = 1e-4
 """Largest error of DDP's gradient over its norm: sums in float32 in another order."""
 PRELOAD = "bench.scaling_ranks"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the ranks of a group are to do.
+
+    Attributes:
+        ranks: W.
+        folder: of the rendezvous, and of what rank 0 found.
+        reps: turns of each kind of step.
+        counts: of bytes; more than one, as others may use the interface.
+        pictures: of a rank's batch.
+        share: of a backward's time that the slowed link takes for all of the gradient.
+    """
+
+    ranks: int
+    folder: Path
+    reps: int
+    counts: int = 5
+    pictures: int = 2
+    share: float = 1.0
+
+    @property
+    def found(self) -> Path:
+        """The file that rank 0 writes."""
+        return self.folder / "found.json"
 
 
 def main(
@@ -55,7 +81,7 @@ def main(
         about["commit"] = commit
     file, failed = results_folder(out, small) / "scaling.jsonl", False
     for number in numbers:
-        record = measure(number, min(reps, SMALL_REPS) if small else reps, deadline) | about
+        record = measure(number, reps, deadline, small) | about
         append_record(file, record)
         failed |= record["status"] != "ok"
         print(_line(record), flush=True)
@@ -76,14 +102,16 @@ def read_ranks(text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def measure(ranks: int, reps: int, deadline: Deadline) -> Record:
-    """Run a group of ranks; its record says why where it came to no end."""
+def measure(ranks: int, reps: int, deadline: Deadline, small: bool = False) -> Record:
+    """Run a group of ranks, small in short; its record says why where it came to no end."""
     record: Record = {
         "suite": "scaling", "op": "ddp", "case": f"ranks-{ranks}", "variant": "ddp",
         "label": "DDP, gloo, CPU", "pass": "forward+backward", "ranks": ranks,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="bench-scaling-") as folder:
         job = Job(ranks, Path(folder), reps)
+        if small:
+            job = replace(job, reps=min(reps, SMALL_REPS), counts=1, pictures=1)
         try:
             found = _run(job, deadline)
         except (RuntimeError, OSError, ProcessException) as error:
@@ -92,7 +120,7 @@ def measure(ranks: int, reps: int, deadline: Deadline) -> Record:
     summed = summary(ranks, found)
     wrong = not summed["error"] <= EXACT  # NaN is
     reason = f"wrong: the gradient is off by {summed['error']:.1e} of its norm" if wrong else None
-    about = {"reps": reps, "pictures": job.pictures, "reason": reason}
+    about = {"reps": job.reps, "pictures": job.pictures, "reason": reason}
     return record | about | summed | {"status": "failed" if wrong else "ok"}
 
 
@@ -106,7 +134,7 @@ def _run(job: Job, deadline: Deadline) -> dict[str, Any]:
     # imports are done once, ranks are forked from there
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOAD])
     group: Any = torch.multiprocessing.start_processes(
-        rank_main, args=(job,), nprocs=job.ranks, join=False, start_method="forkserver"
+        start_rank, args=(job,), nprocs=job.ranks, join=False, start_method="forkserver"
     )
     try:
         while not group.join(timeout=1.0):
@@ -118,6 +146,13 @@ def _run(job: Job, deadline: Deadline) -> dict[str, Any]:
                 process.kill()
             process.join()
     return json.loads(job.found.read_text())
+
+
+def start_rank(rank: int, job: Job) -> None:
+    """What a process of a group does; what it imports, the one that starts it needs not."""
+    from bench.scaling_ranks import rank_main
+
+    rank_main(rank, job)
 
 
 def summary(ranks: int, found: dict[str, Any]) -> Record:

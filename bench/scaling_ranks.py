@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from bench.scaling import Job
 from sda_fast.adapter import SemanticAdapter
 from sda_fast.cost import all_reduce_seconds
 from sda_fast.embedding import SemanticEmbedding
@@ -42,35 +43,9 @@ WARM_UPS = 3
 """After the first backward DDP makes its buckets anew, in the order gradients come."""
 FEW, MANY = 1, 3
 """Steps whose bytes are counted: the difference is of steps alone, not of what surrounds them."""
-COUNTS = 3
-"""Of either, as others may use the interface."""
 TIMEOUT_S = 120.0
 COMPUTE_NICE = 10
 COUNTERS = Path("/proc/net/dev")
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What the ranks of a group are to do.
-
-    Attributes:
-        ranks: W.
-        folder: of the rendezvous, and of what rank 0 found.
-        reps: turns of each kind of step.
-        pictures: of a rank's batch.
-        share: of a backward's time that the slowed link takes for all of the gradient.
-    """
-
-    ranks: int
-    folder: Path
-    reps: int
-    pictures: int = 2
-    share: float = 1.0
-
-    @property
-    def found(self) -> Path:
-        """The file that rank 0 writes."""
-        return self.folder / "found.json"
 
 
 @dataclass(slots=True)
@@ -253,7 +228,7 @@ def bytes_a_step(mine: Rank) -> float | None:
     """Bytes that all ranks together sent on loopback for one step; None where none are counted."""
     if sent_on_loopback() is None:
         return None
-    few, many = ([_count(mine, steps) for _ in range(COUNTS)] for steps in (FEW, MANY))
+    few, many = ([_count(mine, steps) for _ in range(mine.job.counts)] for steps in (FEW, MANY))
     return (statistics.median(many) - statistics.median(few)) / (MANY - FEW)
 
 

@@ -34,7 +34,8 @@ def trainer(wait=0.004, stall=0.1, **more):
     return ABOUT | {
         "case": case.name, "variant": TRAINER, "label": "the trainer", "gpu": CARD, "status": "ok",
         "reason": None, "p50_ms": 500.0, "pictures_per_s": 16.0, "data_wait": wait, "mfu": 0.58,
-        "memory_gib": 71.5, "checkpoint_stall_s": stall, "checkpoint_stall_steps": stall and 2 * stall,
+        "memory_gib": 71.5, "checkpoint_stall_s": stall,
+        "checkpoint_stall_steps": stall and 2 * stall,
     } | more  # fmt: skip
 
 

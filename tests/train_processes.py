@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 # what a run imports on its way, so that a fork finds it done
-import matplotlib.backends.backend_svg  # noqa: F401
+import matplotlib.backends.backend_svg
 import matplotlib.figure  # noqa: F401
 import torch
 import torch.utils.tensorboard
@@ -40,6 +40,7 @@ class Run:
 
     def __init__(self, folder, *settings, world=1, plants=None, arguments=None):
         self.folder = Path(folder)
+        self.run_folder = self.folder / "scenes-dino"
         if arguments is None:
             arguments = ["scenes-dino"]
             for setting in (*BASE, f"out_dir={folder}", *settings):
@@ -87,6 +88,14 @@ class Run:
                 self.kill()
                 raise TimeoutError(f"a run did not come so far:\n{self.said()}")
             time.sleep(0.002)
+
+    def until_saved(self, step):
+        """Watch until a checkpoint of that step or a later one is there."""
+        self.until(lambda: max(steps_there(self.run_folder), default=0) >= step)
+
+    def until_logged(self, step):
+        """Watch until the log has that step."""
+        self.until(lambda: last_step(self.run_folder) >= step)
 
 
 BASE = (

@@ -65,7 +65,7 @@ def run(
                 _train(config, parent, report_to or [], ranks)
         except Ended as error:
             typer.echo(f"{name}: {error}", err=True)
-            raise typer.Exit(AGAIN) from error
+            _end(AGAIN)
         except FAULTS as error:
             _fail(f"{name}: {error}", 1)
         except Exception:

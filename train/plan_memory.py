@@ -188,9 +188,8 @@ def memory_parts(config: AdapterConfig, models: Models, gpus: int) -> list[Part]
     kept = kept_bytes(transformer, tokens, config.recompute)
     at_once = forward_bytes(transformer, tokens)
     # the VAE is done before FLUX begins: it counts where it needs more than all that FLUX keeps
-    vae_maps = (
-        VAE_MAPS * VAE_CHANNELS * side * side * transformer.dtype.itemsize if models.vae else 0
-    )
+    item = transformer.dtype.itemsize
+    vae_maps = VAE_MAPS * VAE_CHANNELS * side * side * item if models.vae else 0
     own = "" if _fused(config) else "; diffusers' own blocks keep more"
     towers = vision_parameters(models.clip) + vision_parameters(models.dino)
     towers -= _opened(config) * _layer_numbers(models.dino)  # those are among what learns

@@ -57,7 +57,7 @@ class Ranks:
 def open_ranks(timeout_s: float) -> Generator[Ranks, None, None]:
     """The ranks that torchrun started, with a process group; or this process alone.
 
-    After an error of a group's rank the process should end by ``leave``.
+    When something is raised in it by one of several ranks, the process should end by ``leave``.
 
     Args:
         timeout_s: how long one waits for the others before the run ends.
@@ -80,11 +80,14 @@ def open_ranks(timeout_s: float) -> Generator[Ranks, None, None]:
     try:
         yield ranks
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL", str(error)):
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL", text):
             raise
+        late = re.search("timed out|timeout", text, re.IGNORECASE)
+        why = f"did not answer for timeout_s = {timeout_s:g} s" if late else "has ended: see there"
         raise RuntimeError(
-            f"rank {ranks.rank} of {ranks.world} has lost the others: one has ended, and says why, "
-            f"or did not answer for timeout_s = {timeout_s:g} s: {error}"
+            f"rank {ranks.rank} of {ranks.world} has lost another, which {why} "
+            f"({text.partition('. This is')[0]})"
         ) from error
     dist.destroy_process_group()
 

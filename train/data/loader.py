@@ -4,10 +4,11 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing.process import BaseProcess
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Loader:
         Raises:
             ValueError: first_step is below 1, or at some step no picture was found for a place in
                 ``ATTEMPTS`` attempts; they are listed.
-            RuntimeError: a worker died. It may be raised between two steps too.
+            RuntimeError: a worker died; seen within seconds.
         """
         if first_step < 1:
             raise ValueError(f"first_step must be at least 1, got {first_step}")
@@ -105,7 +106,9 @@ class Loader:
             # it draws a seed, which must not come from the generator that a run goes on with
             generator=torch.Generator(),
         )
-        return self._steps(iter(loader))
+        with _signals_as_they_were():
+            results = iter(loader)
+        return self._steps(results)
 
     def _steps(self, results: Iterator[Mapping[str, Any]]) -> Generator[list[Batch], None, None]:
         while True:
@@ -235,6 +238,18 @@ class _Reader(Dataset):
             except (OSError, ValueError) as error:
                 broken[name] = str(error)
         return None
+
+
+@contextmanager
+def _signals_as_they_were() -> Generator[None, None, None]:
+    """Without the handler by which torch raises at whatever line a rank is when a worker dies.
+
+    It would cut a checkpoint in two. Waiting for the next batch, torch looks for the dead anyway.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    if handler is not None and current_thread() is main_thread():
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def _as_it_is(result: Any) -> Any:
