@@ -59,6 +59,8 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what must be written with NaN, so an unwritten element cannot pass."""
+    with torch.device("meta"):
+        torch.empty(0)  # torch remembers at its first use which functions obey a device
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(t: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from bench.__main__ import SUITES
 from bench.report import SECTIONS
 from sda_fast.cli import app
+from train.__main__ import app as train
 from train.recipes import CHAINS, RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -38,9 +39,12 @@ def test_every_generated_section_has_its_place():
 
 def test_every_command_it_names_is_there():
     shell = "\n".join(blocks("bash"))
-    named = set(re.findall(r"python -m train (scenes-\w+|export-scenes)", shell))
-    assert named <= {*RECIPES, *CHAINS, "export-scenes"}
-    assert {*RECIPES} <= {*named, *CHAINS["scenes-encoders"]}
+    commands = {command.name or command.callback.__name__ for command in train.registered_commands}
+    named = set(re.findall(r"-m train ([\w-]+)", README)) - {"--list"}
+    assert named - {"RECIPE"} <= {*RECIPES, *CHAINS, *commands}
+    assert commands - {"run"} <= named
+    firsts = {name for name, make in RECIPES.items() if not getattr(make(), "parent", None)}
+    assert firsts <= {*named, *CHAINS["scenes-encoders"]}
     assert set(re.findall(r"python -m bench (\w+)", README)) <= SUITES.keys()
     helped = CliRunner().invoke(app, ["--help"]).output
     for command in ("reconstruct", "encode", "decode", "interpolate", "info", "doctor"):

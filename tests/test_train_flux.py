@@ -80,7 +80,7 @@ def test_a_run_on_pictures_leaves_frozen_what_is_frozen_and_saves_what_was_opene
 
 def test_held_out_pictures_are_never_trained_on(data, tmp_path):
     stage = build(tiny(tmp_path, data, "resolution=64"))
-    unseen = {stage.unseen.ids(i) for i in range(len(stage.unseen))}
+    unseen = set(stage.unseen.ids)
     assert len(unseen) == 4
     batches = stage.batches(1)
     steps = [next(batches) for _ in range(2 * stage.loader.order.steps_per_epoch)]

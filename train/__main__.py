@@ -101,7 +101,7 @@ def plan(
     assignments: Assignments = None,
     pictures: Annotated[float | None, typer.Option(help="To train on; none: all steps.")] = None,
     price: Annotated[float | None, typer.Option(help="Of a GPU hour.")] = None,
-    memory: Annotated[float, typer.Option(help="GB of a GPU.")] = 80.0,
+    memory: Annotated[float, typer.Option(help="GiB of a GPU.")] = 80.0,
     mfu: Annotated[float | None, typer.Option(help="Share to assume where none is known.")] = None,
     bandwidth: Annotated[float, typer.Option(help="GB/s between GPUs, each way.")] = 50.0,
 ) -> None:

@@ -61,6 +61,11 @@ class AdapterStage(Generic[C]):
         self.trained: nn.Module = nn.ModuleDict({"adapter": self.adapter})
 
     @property
+    def num_unseen(self) -> int:
+        """Pictures that are held out."""
+        return self.config.eval_pictures
+
+    @property
     def guidance(self) -> float:
         """Of the decoder, if it takes any."""
         return self.config.guidance if isinstance(self.config, FluxConfig) else 1.0
@@ -177,8 +182,8 @@ class AdapterStage(Generic[C]):
     def evaluate(self) -> dict[str, float]:
         """Losses with noise that stays the same, and how far positions differ from one another."""
         config, ranks = self.config, self.ranks
-        micro = min(len(shares(config, ranks)[0]), config.eval_pictures)
-        count = config.eval_pictures // micro
+        micro = min(len(shares(config, ranks)[0]), self.num_unseen)
+        count = self.num_unseen // micro
         turns = -(-count // ranks.world)
         sums = dict.fromkeys(("loss", "penalty", "mean_cosine", "effective_rank"), 0.0)
         for turn in range(turns):
@@ -201,7 +206,7 @@ class AdapterStage(Generic[C]):
 
     def sheet(self) -> Tensor:
         """Held-out pictures above what came back."""
-        batch = self.held_out([range(min(SHEET_PICTURES, self.config.eval_pictures))])[0]
+        batch = self.held_out([range(min(SHEET_PICTURES, self.num_unseen))])[0]
         emb = self.embedding(self.read(batch)[0])
         self.frozen.decoder.free()
         height, width = batch.size

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,9 @@ class FluxStage(AdapterStage[FluxConfig]):
             )
         self.buckets = bucket_sizes(config.resolution, FITS)
         kinds = assign_buckets(source.sizes, self.buckets)
-        unseen, self.shown = hold_out(kinds, config)
-        self.unseen = Subset(source, unseen)
-        self.source = Subset(source, np.setdiff1d(np.arange(len(source)), unseen))
+        self.unseen = hold_out(source, kinds, self.buckets, config)
+        rest = np.setdiff1d(np.arange(len(source)), self.unseen.rows)
+        self.source = Subset(source, rest)
         self.num_pictures: float = len(self.source)
         self.fingerprint = source.fingerprint
         super().__init__(config, ranks)
@@ -86,6 +87,11 @@ class FluxStage(AdapterStage[FluxConfig]):
         """Arguments of the adapter, and which pictures there are."""
         return {**super().about, "data": self.fingerprint}
 
+    @property
+    def num_unseen(self) -> int:
+        """Pictures that are held out."""
+        return len(self.unseen.rows)
+
     def batches(self, first: int) -> Generator[list[Batch], None, None]:
         """See Stage."""
         return self.loader.batches(first)
@@ -97,16 +103,16 @@ class FluxStage(AdapterStage[FluxConfig]):
 
     def held_out(self, places: list[range]) -> list[Batch]:
         """Pictures that are never trained on, of one size."""
-        found, size = [], self.buckets[self.shown]
+        found = []
         for share in places:
-            read = [self.unseen.read(place, size) for place in share]
+            read = [self.unseen.samples[place] for place in share]
             found.append(
                 Batch(
                     step=0,
                     places=tuple(share),
-                    ids=tuple(self.unseen.ids(place) for place in share),
+                    ids=tuple(self.unseen.ids[place] for place in share),
                     tensors={name: torch.stack([one[name] for one in read]) for name in read[0]},
-                    size=size,
+                    size=self.unseen.size,
                 )
             )
         return found
@@ -150,23 +156,56 @@ class FluxStage(AdapterStage[FluxConfig]):
             self.trained = nn.ModuleDict({"adapter": self.adapter, "encoder": opened})
 
 
-def hold_out(kinds: np.ndarray, config: FluxConfig) -> tuple[np.ndarray, int]:
-    """Which pictures are never trained on, and their bucket: that of most pictures.
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """Pictures that are never trained on, read once and kept.
+
+    Attributes:
+        rows: of the source.
+        ids: their names.
+        samples: what the source reads of them.
+        size: of all of them.
+    """
+
+    rows: list[int]
+    ids: list[str]
+    samples: list[dict[str, Tensor]]
+    size: tuple[int, int]
+
+
+def hold_out(
+    source: Source, kinds: np.ndarray, buckets: tuple[tuple[int, int], ...], config: FluxConfig
+) -> Unseen:
+    """Draw pictures of the bucket that most are of; those that cannot be read are passed over.
 
     Args:
-        kinds: [n] bucket of each picture.
-        config: of the run: at most eval_pictures, and half of that bucket.
+        source: of all pictures.
+        kinds: [n] bucket of each.
+        buckets: their sizes.
+        config: of the run: config.eval_pictures are drawn, at most half of that bucket.
 
     Raises:
         ValueError: there are too few to hold one out.
     """
     bucket = int(np.bincount(kinds).argmax())
     of_bucket = np.flatnonzero(kinds == bucket)
-    count = min(config.eval_pictures, len(of_bucket) // 2)
-    if not count:
-        raise ValueError(f"data must hold at least 2 pictures of one shape, got {len(kinds)}")
-    drawn = np.random.default_rng(seed_of(config.seed)).permutation(of_bucket)
-    return np.sort(drawn[:count]), bucket
+    wanted = min(config.eval_pictures, len(of_bucket) // 2)
+    found = Unseen([], [], [], buckets[bucket])
+    for row in np.random.default_rng(seed_of(config.seed)).permutation(of_bucket).tolist():
+        if len(found.rows) == wanted:
+            break
+        try:
+            found.samples.append(source.read(row, found.size))
+        except (OSError, ValueError):  # the run will meet it, and count it
+            continue
+        found.rows.append(row)
+        found.ids.append(source.ids(row))
+    if not found.rows:
+        raise ValueError(
+            f"data must hold at least 2 whole pictures of one shape, got {len(of_bucket)} of the "
+            f"commonest, of which none was kept to look at"
+        )
+    return found
 
 
 def describe_readers(config: FluxConfig, readers: Readers) -> dict[str, Any]:

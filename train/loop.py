@@ -62,6 +62,7 @@ def train(
                 notices = partial(progress.notices, signals, saver, drawn)
                 outcome = take_step(state, step, drawn, notices)
                 progress.count(step, outcome)
+                view.took(step)
                 if not outcome.finite:
                     note_step(state, step, drawn, progress.in_row, describe_state(state, progress))
                 if step % config.log_every == 0:

@@ -148,7 +148,7 @@ class DinoStage(EncoderStage):
         hidden = (drawn < MASKED).to(target.device)
         features = self.vision(normalise(pictures), bool_masked_pos=hidden).last_hidden_state
         error = (self.head(features[:, 1:]).float() - target).square().mean(-1)
-        masked, visible = error[hidden].mean(), error[~hidden].mean()
+        masked, visible = _mean_of(error, hidden), _mean_of(error, ~hidden)
         return {"loss": masked + 0.2 * visible, "masked": masked, "visible": visible}
 
     @torch.no_grad()
@@ -169,6 +169,11 @@ class DinoStage(EncoderStage):
     def save(self, folder: Path) -> None:
         """Write the vision encoder to folder/dino."""
         self.vision.save_pretrained(folder / "dino")
+
+
+def _mean_of(error: Tensor, which: Tensor) -> Tensor:
+    # each picture's own mean first: pictures weigh the same in whatever batches they come
+    return ((error * which).sum(1) / which.sum(1).clamp_min(1)).mean()
 
 
 def normalise(pictures: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -48,6 +49,11 @@ class View:
         self._reporters = open_reporters(folder, self.report_to, about, done + 1, self.warn)
         self._display = Display(self.config.name, self.config.steps, done)
 
+    def took(self, step: int) -> None:
+        """A step is over."""
+        if self._display is not None:
+            self._display.update(step)
+
     def warn(self, text: str) -> None:
         """Tell a person something that does not end the run."""
         if self._display is not None:
@@ -82,7 +88,10 @@ class View:
             self.row({"step": step, **row})
             if sheet is not None:
                 self._save_sheet(step, sheet)
-            plot_run(config.folder)
+            try:
+                plot_run(config.folder)
+            except (OSError, ImportError) as error:  # a drawing must not end a run
+                self.warn(f"the run's page was not drawn: {error}")
         return found
 
     def _save_sheet(self, step: int, sheet: Tensor) -> None:
@@ -91,9 +100,10 @@ class View:
         pixels = (sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         image = Image.fromarray(pixels)
         zoom = max(1, SHEET_ZOOM * 16 // image.width)
-        image.resize((zoom * image.width, zoom * image.height), Image.Resampling.NEAREST).save(
-            target
-        )
+        size = zoom * image.width, zoom * image.height
+        part = target.with_suffix(".part")
+        image.resize(size, Image.Resampling.NEAREST).save(part, "PNG")
+        os.replace(part, target)
 
     def __enter__(self) -> "View":
         return self
