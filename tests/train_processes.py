@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 import traceback
+from hashlib import sha256
 from pathlib import Path
 
 # what a run imports on its way, so that a fork finds it done
@@ -34,11 +35,11 @@ class Run:
         folder: of the run is folder/scenes-dino; outputs go to folder.
         settings: key=value.
         world: number of ranks.
-        plants: one for all ranks, or one each: called in the process before it begins, or None.
+        plants: of tests.train_plants, for all ranks, or a list for each.
         arguments: of the command line instead, whole.
     """
 
-    def __init__(self, folder, *settings, world=1, plants=None, arguments=None):
+    def __init__(self, folder, *settings, world=1, plants=(), arguments=None):
         self.folder = Path(folder)
         self.run_folder = self.folder / "scenes-dino"
         if arguments is None:
@@ -46,6 +47,7 @@ class Run:
             for setting in (*BASE, f"out_dir={folder}", *settings):
                 arguments += ["--set", setting]
         plants = plants if isinstance(plants, list) else [plants] * world
+        self.folder.mkdir(parents=True, exist_ok=True)
         port, number = free_port(), len(list(self.folder.glob("out-*-0.txt")))
         self.outputs = [self.folder / f"out-{number}-{rank}.txt" for rank in range(world)]
         self.ranks = []
@@ -117,7 +119,7 @@ def finished(folder, *settings, **options):
     return Path(folder) / "scenes-dino"
 
 
-def _main(arguments, environment, output, plant):
+def _main(arguments, environment, output, plants):
     torch.set_num_threads(1)
     os.environ |= {name: str(value) for name, value in environment.items()}
     if environment:
@@ -128,7 +130,10 @@ def _main(arguments, environment, output, plant):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
     try:
-        with contextlib.nullcontext() if plant is None else plant() or contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            for plant in plants:
+                if opened := plant():
+                    stack.enter_context(opened)
             app(arguments)
     except SystemExit as ended:
         sys.exit(ended.code or 0)
@@ -187,6 +192,15 @@ def assert_equal_runs(run_folder, other):
     kept = ("step", "skipped", "in_row", "best")
     metas = [{name: read_meta(path)[name] for name in kept} for path in (ours, theirs)]
     assert metas[0] == metas[1]
+
+
+def tree_of(folder):
+    """What lies below a folder: digests by name."""
+    return {
+        path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def steps_there(run_folder):

@@ -51,11 +51,7 @@ class FluxStage(AdapterStage[FluxConfig]):
         if config.rehearsal == "none":
             find_parts(config)
         source = open_for_ranks(config, ranks)
-        if source.kind == "precomputed" and config.open_layers:
-            raise ValueError(
-                f"data must be pictures where encoder layers learn (open_layers "
-                f"{config.open_layers}), got precomputed features in {config.data}"
-            )
+        check_precomputed(config, source)
         self.buckets = bucket_sizes(config.resolution, FITS)
         kinds = assign_buckets(source.sizes, self.buckets)
         self.unseen = hold_out(source, kinds, self.buckets, config)
@@ -65,7 +61,7 @@ class FluxStage(AdapterStage[FluxConfig]):
         self.fingerprint = source.fingerprint
         super().__init__(config, ranks)
         self._open_layers()
-        self._check_precomputed(source)
+        check_precomputed(config, source, models_of(self.frozen))
         order = Order(
             assign_buckets(self.source.sizes, self.buckets), config.batch_size, config.seed
         )
@@ -130,21 +126,6 @@ class FluxStage(AdapterStage[FluxConfig]):
         adapter.set_encoder(self.frozen.encoder)
         adapter.save_pretrained(folder / "adapter")
 
-    def _check_precomputed(self, source: Source) -> None:
-        """Refuse features and latents of other models, or another size.
-
-        Raises:
-            ValueError: the differences are listed.
-        """
-        had = getattr(source, "about", None)
-        if source.kind == "precomputed":
-            changed = differences(had or {}, describe_readers(self.config, self.frozen))
-            if changed:
-                raise ValueError(
-                    f"data must be precomputed by these models, got {self.config.data} by others: "
-                    f"{', '.join(changed)}"
-                )
-
     def _open_layers(self) -> None:
         """Let the encoder's last layers learn, in fp32, beside the adapter."""
         encoder = self.frozen.encoder
@@ -208,15 +189,48 @@ def hold_out(
     return found
 
 
-def describe_readers(config: FluxConfig, readers: Readers) -> dict[str, Any]:
-    """What features and latents depend on, for ``precompute`` and for those who read it."""
+def sizes_of(config: FluxConfig) -> dict[str, Any]:
+    """How pictures come before encoders and VAE; features and latents depend on it."""
     return {
         "resolution": config.resolution,
-        "encoder": weights_hash(readers.encoder),
         "encoder_size": config.encoder_size,
         "squash": config.squash,
-        "vae": weights_hash(readers.vae),
     }
+
+
+def models_of(readers: Readers) -> dict[str, Any]:
+    """Hashes of the models that make features and latents."""
+    return {"encoder": weights_hash(readers.encoder), "vae": weights_hash(readers.vae)}
+
+
+def check_precomputed(
+    config: FluxConfig, source: Source, models: dict[str, Any] | None = None
+) -> None:
+    """Refuse features and latents of other sizes or models than the run's; pictures always pass.
+
+    Args:
+        config: of the run.
+        source: of its data.
+        models: of ``models_of``; None looks at sizes alone, before a model is loaded.
+
+    Raises:
+        ValueError: the differences are listed; or layers of an encoder shall learn.
+    """
+    if source.kind != "precomputed":
+        return
+    if config.open_layers:
+        raise ValueError(
+            f"data must be pictures where encoder layers learn (open_layers "
+            f"{config.open_layers}), got precomputed features in {config.data}"
+        )
+    wanted = sizes_of(config) | (models or {})
+    had = {name: value for name, value in source.about.items() if name in wanted}  # pyrefly: ignore
+    changed = differences(had, wanted)
+    if changed:
+        raise ValueError(
+            f"data must be precomputed as this run wants it, got {config.data}: "
+            f"{', '.join(changed)}"
+        )
 
 
 class Subset:
@@ -289,7 +303,7 @@ def precompute_for(config: FluxConfig, to: Path, ranks: Ranks) -> None:
 
     layout = ShardLayout(
         buckets=bucket_sizes(config.resolution, FITS),
-        about=describe_readers(config, readers),
+        about=sizes_of(config) | models_of(readers),
         batch_size=config.micro_batch or 8,
     )
     precompute(source, to, encode, layout, ranks.rank, ranks.world, ranks.first)

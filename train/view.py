@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from sda_fast.files import write_whole
+from train.checkpoint import writing
 from train.config import FluxConfig, TrainConfig, describe
 from train.display import Display
 from train.plot import plot_run
 from train.ranks import Ranks
-from train.report import Reporters, open_reporters
+from train.report import LOG, Reporters, open_reporters
 from train.stage import Stage
 from train.state import State
 
@@ -43,8 +44,9 @@ class View:
         if not self.ranks.first:
             return
         folder = self.config.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.json", describe(self.config))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "config.json", describe(self.config))
         about = json.loads(describe(self.config))
         self._reporters = open_reporters(folder, self.report_to, about, done + 1, self.warn)
         self._display = Display(self.config.name, self.config.steps, done)
@@ -67,7 +69,8 @@ class View:
         if self._stall is not None:
             row["checkpoint_stall"], self._stall = self._stall, None
         if self._reporters is not None:
-            self._reporters.log(row)
+            with writing(self.config.folder / LOG):
+                self._reporters.log(row)
         if self._display is not None:
             self._display.update(int(row["step"]), row)
 
@@ -112,5 +115,10 @@ class View:
         self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
     ) -> None:
         for part in (self._display, self._reporters):
-            if part is not None:
-                part.close()
+            try:
+                if part is not None:
+                    part.close()
+            except OSError:
+                # what ended the run has more to say
+                if kind is None:
+                    raise
