@@ -41,22 +41,28 @@ class Job:
         ranks: W.
         folder: of the rendezvous, and of what rank 0 found.
         reps: turns of each kind of step.
-        counts: of bytes; more than one, as others may use the interface.
+        counts: of bytes; the least counts, as others may use the interface, too.
         pictures: of a rank's batch.
-        share: of a backward's time that the slowed link takes for all of the gradient.
+        layer_s: seconds by which the backward of each layer of the adapter is longer.
+        link_s: seconds that the slow link takes for the gradient.
     """
 
     ranks: int
     folder: Path
     reps: int
     counts: int = 5
-    pictures: int = 2
-    share: float = 1.0
+    pictures: int = 1
+    layer_s: float = 0.1
+    link_s: float = 0.4
 
     @property
     def found(self) -> Path:
         """The file that rank 0 writes."""
         return self.folder / "found.json"
+
+    def link_speed(self, size: int) -> float:
+        """Bytes a second that a rank sends on the slow link, for a gradient of so many bytes."""
+        return all_reduce_bytes(size, max(2, self.ranks)) / self.link_s
 
 
 def main(
@@ -111,7 +117,8 @@ def measure(ranks: int, reps: int, deadline: Deadline, small: bool = False) -> R
     with tempfile.TemporaryDirectory(prefix="bench-scaling-") as folder:
         job = Job(ranks, Path(folder), reps)
         if small:
-            job = replace(job, reps=min(reps, SMALL_REPS), counts=1, pictures=1)
+            short = {"layer_s": 0.01, "link_s": 0.04}
+            job = replace(job, reps=min(reps, SMALL_REPS), counts=1, **short)
         try:
             found = _run(job, deadline)
         except (RuntimeError, OSError, ProcessException) as error:

@@ -1,16 +1,17 @@
 """What a rank of ``bench scaling`` does: steps of DDP with its all-reduce on the wire, or without.
 
 The adapter of the scenes recipes learns through a decoder of their size. Its gradient, 4.5 MB, goes
-in buckets of half a megabyte, so that there are about as many as the large adapter has of DDP's
-usual size. Loopback carries them faster than a step's time is steady, so the link can be slowed:
-each bucket then takes, by waiting, the time that the model gives it at some bandwidth.
+in buckets of half a megabyte, so that there are several.
+
+Here ranks share cores, and loopback is faster than a step's time is steady. So what would be done
+by devices and a network is paced by waiting: the backward of each layer of the adapter takes a
+while longer, and on a slow link each bucket takes the time that the model gives it. What remains to
+be measured is who waits for whom: DDP, its buckets and the order of gradients are the real ones.
 """
 
 import json
 import os
 import queue
-import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -44,7 +45,6 @@ WARM_UPS = 3
 FEW, MANY = 1, 3
 """Steps whose bytes are counted: the difference is of steps alone, not of what surrounds them."""
 TIMEOUT_S = 120.0
-COMPUTE_NICE = 10
 COUNTERS = Path("/proc/net/dev")
 
 
@@ -67,6 +67,22 @@ class Times:
     step: list[float] = field(default_factory=list)
     reduce: list[float] = field(default_factory=list)
     loopback: list[float] = field(default_factory=list)
+
+
+class Paced(torch.autograd.Function):
+    """The identity, whose backward takes a while longer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        """x [...], seconds."""
+        ctx.seconds = seconds
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """The gradient as it came, later."""
+        time.sleep(ctx.seconds)
+        return grads[0], None
 
 
 class Link:
@@ -118,6 +134,8 @@ class Rank:
         torch.manual_seed(0)
         self.job = job
         self.adapter: Any = SemanticAdapter(**ADAPTER)
+        for layer in self.adapter.qformer.layers:
+            layer.register_forward_pre_hook(self._pace)
         transformer = build_flux(SMALL).transformer.requires_grad_(False)
         self.decoder = FastFlux(transformer, self.adapter.tree)
         generator = torch.Generator().manual_seed(rank)
@@ -136,6 +154,9 @@ class Rank:
         self.buckets: list[int] = []
         self.ready: list[float] = []
         self.began = 0.0
+
+    def _pace(self, _layer: Any, inputs: tuple) -> tuple:
+        return Paced.apply(inputs[0], self.job.layer_s), *inputs[1:]
 
     def _hook(self, _state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         self.ready.append(1e3 * (time.perf_counter() - self.began))
@@ -176,11 +197,10 @@ def rank_main(rank: int, job: Job) -> None:
     )  # fmt: skip
     try:
         mine = Rank(rank, job)
-        _yield_to_link()
         for _ in range(WARM_UPS):
             mine.step(_reduced)
         off = error_of_mean(mine)
-        link = Link(job.ranks, _bandwidth(mine))
+        link = Link(job.ranks, job.link_speed(sum(mine.buckets)))
         times = take_turns(mine, link)
         link.close()
         sent = bytes_a_step(mine)
@@ -228,8 +248,8 @@ def bytes_a_step(mine: Rank) -> float | None:
     """Bytes that all ranks together sent on loopback for one step; None where none are counted."""
     if sent_on_loopback() is None:
         return None
-    few, many = ([_count(mine, steps) for _ in range(mine.job.counts)] for steps in (FEW, MANY))
-    return (statistics.median(many) - statistics.median(few)) / (MANY - FEW)
+    few, many = (min(_count(mine, n) for _ in range(mine.job.counts)) for n in (FEW, MANY))
+    return (many - few) / (MANY - FEW)
 
 
 def _count(mine: Rank, steps: int) -> int:
@@ -253,20 +273,6 @@ def sent_on_loopback(counters: Path = COUNTERS) -> int | None:
         if colon and name.strip() == "lo":
             return int(numbers.split()[8])
     return None
-
-
-def _bandwidth(mine: Rank) -> float:
-    """Bytes a second at which the gradient takes its share of a backward; on all ranks the same."""
-    took = torch.tensor(statistics.median(mine.step(_kept)[1] for _ in range(WARM_UPS)))
-    dist.all_reduce(took, dist.ReduceOp.MAX)
-    at_one = all_reduce_seconds(sum(mine.buckets), max(2, mine.job.ranks), 1.0)
-    return at_one / (mine.job.share * took.item() / 1e3)
-
-
-def _yield_to_link() -> None:
-    """This thread, which computes, goes after gloo's: a network card takes no core's time."""
-    if sys.platform == "linux":  # where a thread has a priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COMPUTE_NICE)
 
 
 def _reduce_all(buffers: list[Tensor], send: Callable[[Tensor], Any]) -> float:

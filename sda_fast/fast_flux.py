@@ -262,7 +262,7 @@ class FastFlux(StandIn):
         Args:
             x_t: [B, S_img, in_channels], packed latents at time t.
             t: [B] in [0, 1].
-            emb: B embeddings with a pooled vector.
+            emb: B embeddings with a pooled vector, of the hierarchy or of its first levels.
             grid: (rows, columns) of image tokens; None for a square.
             guidance: scale of the distilled guidance, without effect on a transformer that has
                 none.
@@ -282,21 +282,24 @@ class FastFlux(StandIn):
             raise ValueError(f"t must be [{len(emb)}] and x_t [{len(emb)}, S_img, C], got {found}")
         if checkpoint not in POLICIES:
             raise ValueError(f"checkpoint must be one of {', '.join(POLICIES)}, got {checkpoint!r}")
-        layout = self._layouts.of_grid(x_t, self.tree, grid)
-        if emb.tree != self.tree:
-            raise ValueError(f"emb must have the hierarchy {self.tree}, got {emb.tree}")
+        layout = self._layouts.of_grid(x_t, emb.tree, grid)
+        levels = emb.tree.tokens_per_node
+        if levels != self.tree.tokens_per_node[: len(levels)]:
+            raise ValueError(
+                f"emb must have the hierarchy {self.tree} or its first levels, got {emb.tree}"
+            )
         if emb.pooled is None:
             raise ValueError("emb must have a pooled vector, got None")
         dtype = self.transformer.dtype
         check_now(self.transformer)
         scale = torch.full_like(t, guidance) if self.transformer.config.guidance_embeds else None
         rows = modulation_rows(self.transformer, t, emb.pooled.to(dtype), scale)
-        tokens = x_t.shape[1] + self.tree.num_tokens
+        tokens = x_t.shape[1] + emb.tree.num_tokens
         each = kept_bytes(self.transformer, tokens, checkpoint)
         with self._told("the forward of a training step", len(x_t), tokens, each):
             return self._from_rows(
                 x_t.to(dtype), emb.tokens.to(dtype), *layout.rotary, rows,
-                layout=layout, keep=self._checkpoint(checkpoint),
+                layout=layout, keep=self._checkpoint(checkpoint), tree=emb.tree,
             )  # fmt: skip
 
     def _run(self, latents: Tensor, positions: Tensor, rows: Tensor, layout: Layout) -> Tensor:
@@ -357,10 +360,13 @@ class FastFlux(StandIn):
         *,
         layout: Layout,
         keep: Checkpoint | None = None,
+        tree: Hierarchy | None = None,
     ) -> Tensor:
         model, keep = self.transformer, keep or Checkpoint("none")
         modulation = Modulation(rows.unbind(1), len(self._double), len(self._single))
-        attend = layout.attention(self.tree, self.rule, self.isolate_level)
+        tree = tree or self.tree
+        deepest = min(self.isolate_level, tree.num_levels - 1)
+        attend = layout.attention(tree, self.rule, deepest)
         rotary: Rotary = (cos, sin)
         img, txt = model.x_embedder(latents), model.context_embedder(positions)
         img, txt = (

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from tests.train_plants import Loud
 from tests.train_processes import (
     Run,
     assert_equal_runs,
@@ -20,7 +21,8 @@ STEPS = "steps=64"
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """A run that nothing happens to, and that saves at its end only."""
-    return finished(tmp_path_factory.mktemp("unbroken"), STEPS, "checkpoint_every=64")
+    folder = tmp_path_factory.mktemp("unbroken")
+    return finished(folder, STEPS, "checkpoint_every=64", plants=(Loud(),))
 
 
 def whole(run_folder):
@@ -41,7 +43,7 @@ def test_a_run_killed_at_twenty_moments_ends_like_an_unbroken_one(unbroken, tmp_
     inside = 0
     for moment in moments:
         before = whole(folder)
-        run = Run(tmp_path, STEPS)
+        run = Run(tmp_path, STEPS, plants=(Loud(),))
         if moment == "start":
             time.sleep(rng.uniform(0.05, 0.5))
         else:
@@ -59,7 +61,7 @@ def test_a_run_killed_at_twenty_moments_ends_like_an_unbroken_one(unbroken, tmp_
         assert after >= before + (moment != "start")
         assert last_step(folder) - after <= 2
     assert inside >= 5
-    assert finished(tmp_path, STEPS) == folder
+    assert finished(tmp_path, STEPS, plants=(Loud(),)) == folder
     assert_equal_runs(folder, unbroken)
     assert not parts(folder)
     assert steps_there(folder) == [63, 64]

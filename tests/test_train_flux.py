@@ -102,7 +102,9 @@ def test_what_was_precomputed_trains_as_the_pictures_do(data, tmp_path):
     for step in a:
         assert a[step]["loss"] == pytest.approx(b[step]["loss"], rel=1e-4)
     other = tiny(tmp_path / "c", to, "resolution=64")
-    with pytest.raises(ValueError, match=r"as this run wants it, got .*: resolution \(was 32, now 64\)"):
+    with pytest.raises(
+        ValueError, match=r"as this run wants it, got .*: resolution \(was 32, now 64\)"
+    ):
         build(other)
     with pytest.raises(ValueError, match="must be pictures where encoder layers learn"):
         build(tiny(tmp_path / "d", to, "open_layers=1"))
@@ -124,7 +126,18 @@ def test_every_way_through_the_decoder_gives_the_same_gradient(data, tmp_path):
     for other_losses, other in others:
         assert other_losses["loss"].item() == pytest.approx(losses["loss"].item(), rel=1e-5)
         for name, grad in grads.items():
-            torch.testing.assert_close(other[name], grad, rtol=2e-4, atol=2e-6 + 1e-4 * grad.abs().max())
+            torch.testing.assert_close(
+                other[name], grad, rtol=2e-4, atol=2e-6 + 1e-4 * grad.abs().max()
+            )
+
+
+@pytest.mark.parametrize("rule", ["overlap", "isolated"])
+def test_the_first_levels_alone_decode_alike_in_both_ways(rule, data, tmp_path):
+    words = ["level_dropout=0.99", "tokens_per_node=4,2,1", f"rule={rule}"]
+    stock, fast = (build(tiny(tmp_path, data, *words, f"decoder={d}")) for d in ("stock", "fast"))
+    step = next(step for step in range(1, 99) if stock.levels(step) == 2)
+    losses, other = (gradient(s, s.batches_of(step, [range(2)]))[0] for s in (stock, fast))
+    assert other["flow"].item() == pytest.approx(losses["flow"].item(), rel=1e-5)
 
 
 def test_fp8_is_near(data, tmp_path):
@@ -158,7 +171,9 @@ def test_too_many_broken_pictures_end_the_run_with_their_names(data, tmp_path):
     torn = folder / "004.jpg"
     torn.write_bytes(torn.read_bytes()[:-400])
     config = tiny(tmp_path, folder, "eval_pictures=1", "steps=8")
-    with pytest.raises(ValueError, match=r"at most 1 % of pictures that cannot be read(.|\n)*004.jpg"):
+    with pytest.raises(
+        ValueError, match=r"at most 1 % of pictures that cannot be read(.|\n)*004.jpg"
+    ):
         train(config, build(config))
 
 
@@ -190,7 +205,7 @@ def test_what_is_missing_is_named_before_anything_is_loaded(
 
 def test_a_resolution_too_low_for_flux_is_warned_of(data, tmp_path):
     config = tiny(tmp_path, data, "rehearsal=none")
-    with pytest.warns(UserWarning, match="FLUX behaves badly below 512"), pytest.raises(OSError):  # noqa: PT011, PT012
+    with pytest.warns(UserWarning, match="FLUX behaves badly below 512"), pytest.raises(OSError):  # noqa: PT011
         build(config)
     with pytest.raises(FileNotFoundError, match="folders or hub ids"):
         find_parts(config)
@@ -221,7 +236,9 @@ def test_the_phases_derive_from_one_another():
             old, new = parent.tokens_per_node, config.tokens_per_node
             assert all(b >= a for a, b in zip(old, new, strict=False))
             assert len(new) >= len(old)
-    sizes = {n: Hierarchy(made[n].tokens_per_node).num_tokens for n in made if n.startswith("phase")}
+    sizes = {
+        n: Hierarchy(made[n].tokens_per_node).num_tokens for n in made if n.startswith("phase")
+    }
     assert sizes == {
         "phase0-16": 16, "phase1-32": 32, "phase2-quadrants": 64, "phase3-112": 112,
         "phase3-128": 128, "phase3-64": 64, "phase4-768": 128, "phase4-1024": 128,

@@ -9,10 +9,14 @@ import os
 import resource
 import shutil
 import signal
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+
+import pytest
+import torch
 
 import train.scenes_encoders
 import train.stage
@@ -108,6 +112,21 @@ class Steep:
 
 
 @dataclass
+class Loud:
+    """Losses are multiplied by a number that torch's own generator draws, as dropout would be."""
+
+    def __call__(self):
+        own = DinoStage.losses
+
+        def losses(stage, batch):
+            found = own(stage, batch)
+            found["loss"] = found["loss"] * (1 + torch.rand(()))
+            return found
+
+        DinoStage.losses = losses
+
+
+@dataclass
 class Limited:
     """No file may grow beyond some bytes."""
 
@@ -157,6 +176,17 @@ class SmallDisk:
 
 
 @dataclass
+class Elsewhere:
+    """A folder is on a disk of its own, with nothing on it."""
+
+    folder: Path
+
+    def __call__(self):
+        _own_mounts()
+        _mount("tmpfs", self.folder, "tmpfs", 0, "size=1m")
+
+
+@dataclass
 class ReadOnly:
     """A folder is on a disk that is mounted read-only."""
 
@@ -179,6 +209,12 @@ class Forbidden:
         if os.geteuid() == 0:
             # a superuser of nothing
             _checked(_libc().unshare(NEW_USER))
+
+
+def skip_if_refused(codes):
+    """Not every machine lets a process mount something, be it for itself alone."""
+    if REFUSED in codes:
+        pytest.skip("this machine lets no process have mounts or users of its own")
 
 
 def _before_losses(act):
@@ -214,5 +250,5 @@ def _libc():
 
 def _checked(result):
     if result:
-        print(f"refused: {os.strerror(ctypes.get_errno())}")
+        sys.stderr.write(f"refused: {os.strerror(ctypes.get_errno())}\n")
         raise SystemExit(REFUSED)

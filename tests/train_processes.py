@@ -23,7 +23,7 @@ from train.checkpoint import newest_valid, read_meta, read_state, step_of
 from train.report import read_log
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
+CONTEXT.set_forkserver_preload([__name__, "tests.train_plants"])
 PATIENCE_S = 120
 """After which a process that should have ended is given up."""
 

@@ -20,7 +20,9 @@ from train.stage import Stage
 HELP = """Run a recipe; started again, it resumes from its newest checkpoint.
 
 Exit codes: 0 finished, 1 something it needs is missing or broken, 2 bad usage, 75 told to end by
-SIGTERM or SIGUSR1 and saved: the same command line goes on. (torchrun itself ends with 1 then.)
+SIGTERM or SIGUSR1 and saved: the same command line goes on. torchrun hands SIGTERM on to its ranks
+(SIGUSR1 too, if --signals-to-handle names it), kills them after --shutdown-timeout, 30 s unless
+set, and itself ends with 1.
 """
 RecipeName = Annotated[str, typer.Argument(help="A name of python -m train --list.")]
 Assignments = Annotated[
@@ -145,8 +147,9 @@ def replay(
     from train.nonfinite import replay as again
 
     try:
-        for row in again(step, build_stage, Ranks()):
-            print(json.dumps(row))
+        with open_ranks(timeout_s=600.0) as ranks:
+            for row in again(step, build_stage, ranks):
+                print(json.dumps(row))
     except FAULTS as error:
         _fail(f"replay: {error}", 1)
 

@@ -18,7 +18,7 @@ from sda_fast.pipeline import SemanticPipeline
 from sda_fast.pipeline_folder import DecodeDefaults
 from train.batch import Batch, seed_of
 from train.config import AdapterConfig, FluxConfig
-from train.decoders import mask_rule
+from train.decoders import mask_rule, mask_tree
 from train.frozen import Frozen, frozen_scenes
 from train.ranks import Ranks
 from train.stage import (
@@ -51,9 +51,7 @@ class AdapterStage(Generic[C]):
         self.config: C = config
         self.ranks = ranks
         self.tree = Hierarchy(config.tokens_per_node)
-        # "none": all see all, as the positions of a single root
-        flat = config.rule == "none"
-        self.seen = Hierarchy((self.tree.num_tokens,)) if flat else self.tree
+        self.seen = mask_tree(config)
         self.frozen = self.load_frozen()
         torch.manual_seed(config.seed)
         adapter: Any = SemanticAdapter(**self.adapter_config())

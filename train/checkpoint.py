@@ -10,6 +10,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,9 +69,14 @@ class Saver:
             Seconds that the caller waited.
 
         Raises:
-            OSError: this or an earlier one could not be written; what was there is as it was.
+            OSError: wait is set and this or an earlier one could not be written; what was there is
+                as it was.
         """
         start = time.monotonic()
+        if self._written is not None:
+            futures.wait([self._written])
+        if self.failed() and not wait:
+            return time.monotonic() - start  # to be told to all ranks, see failed
         self.finish()
         self._stage(tensors)
         self._last = time.monotonic()
@@ -82,8 +88,8 @@ class Saver:
 
     def failed(self) -> bool:
         """Whether the save in the background is known to have failed."""
-        done = self._written is not None and self._written.done()
-        return done and self._written is not None and self._written.exception() is not None
+        written = self._written
+        return written is not None and written.done() and written.exception() is not None
 
     def finish(self) -> None:
         """Wait for what is being written.

@@ -51,16 +51,24 @@ def build_decoder(config: AdapterConfig, flux: Any, ranks: Ranks) -> Decoder:
 
 
 def mask_rule(config: AdapterConfig) -> str:
-    """The rule of the decoder's mask; "none" comes with a tree whose root is all there is."""
+    """The rule of the decoder's mask; for "none" that of ``mask_tree``."""
     return "overlap" if config.rule == "none" else config.rule
+
+
+def mask_tree(config: AdapterConfig) -> Hierarchy:
+    """The hierarchy that the decoder sees; "none": a root that holds all there is."""
+    tree = Hierarchy(config.tokens_per_node)
+    return Hierarchy((tree.num_tokens,)) if config.rule == "none" else tree
 
 
 class FastDecoder:
     """FastFlux: fused operators, no mask tensor; nothing is kept for frozen weights."""
 
     def __init__(self, flux: Any, config: AdapterConfig, guidance: float) -> None:
-        self.transformer, self.config, self.guidance = flux.transformer, config, guidance
-        self._of_tree: dict[Hierarchy, FastFlux] = {}
+        fp8 = isinstance(config, FluxConfig) and config.flux_precision == "fp8"
+        tree, rule = mask_tree(config), mask_rule(config)
+        self.fast = FastFlux(flux.transformer, tree, rule, precision="fp8" if fp8 else None)
+        self.options: dict[str, Any] = {"guidance": guidance, "checkpoint": config.recompute}
 
     def velocity(
         self, x_t: Tensor, t: Tensor, emb: SemanticEmbedding, grid: tuple[int, int]
@@ -68,19 +76,10 @@ class FastDecoder:
         """See Decoder."""
         # casts are FastFlux's own; autocast would cast beside its operators
         with torch.autocast(x_t.device.type, enabled=False):
-            options = {"guidance": self.guidance, "checkpoint": self.config.recompute}
-            return self._fast(emb.tree).velocity(x_t, t, emb, grid=grid, **options)
+            return self.fast.velocity(x_t, t, emb, grid=grid, **self.options)
 
     def free(self) -> None:
         """See Decoder."""
-
-    def _fast(self, tree: Hierarchy) -> FastFlux:
-        if tree not in self._of_tree:
-            fp8 = isinstance(self.config, FluxConfig) and self.config.flux_precision == "fp8"
-            self._of_tree[tree] = FastFlux(
-                self.transformer, tree, mask_rule(self.config), precision="fp8" if fp8 else None
-            )
-        return self._of_tree[tree]
 
 
 class StockDecoder:

@@ -61,7 +61,8 @@ class FluxStage(AdapterStage[FluxConfig]):
         self.fingerprint = source.fingerprint
         super().__init__(config, ranks)
         self._open_layers()
-        check_precomputed(config, source, models_of(self.frozen))
+        if source.kind == "precomputed":  # hashing takes seconds
+            check_precomputed(config, source, models_of(self.frozen))
         order = Order(
             assign_buckets(self.source.sizes, self.buckets), config.batch_size, config.seed
         )

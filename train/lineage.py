@@ -59,7 +59,7 @@ def resume(config: TrainConfig, state: State, warn: Callable[[str], None]) -> di
     if newest is None:
         return None
     if not first:
-        check_checkpoint(newest)
+        _check_seen(newest, state.ranks.rank)
     meta = read_meta(newest)
     check_resume(config, state.stage.about, meta)
     if first:
@@ -77,6 +77,16 @@ def _find(folder: Path, warn: Callable[[str], None]) -> tuple[Path | None, list[
     for line in told:
         warn(line)
     return newest, []
+
+
+def _check_seen(path: Path, rank: int) -> None:
+    try:
+        check_checkpoint(path)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"rank {rank} cannot read the {path.name} that the first goes on from: {error}; "
+            f"out_dir must be the same for all ranks"
+        ) from error
 
 
 def check_resume(config: TrainConfig, about: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
