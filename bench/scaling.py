@@ -127,7 +127,13 @@ def measure(ranks: int, reps: int, deadline: Deadline, small: bool = False) -> R
     summed = summary(ranks, found)
     wrong = not summed["error"] <= EXACT  # NaN is
     reason = f"wrong: the gradient is off by {summed['error']:.1e} of its norm" if wrong else None
-    about = {"reps": job.reps, "pictures": job.pictures, "reason": reason}
+    about = {
+        "reps": job.reps,
+        "pictures": job.pictures,
+        "layer_ms": 1e3 * job.layer_s,
+        "link_ms": 1e3 * job.link_s,
+        "reason": reason,
+    }
     return record | about | summed | {"status": "failed" if wrong else "ok"}
 
 

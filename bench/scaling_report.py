@@ -50,7 +50,7 @@ def _ranks(times: Sequence[float]) -> str:
 
 def _circumstances(timed: Sequence[Record]) -> str:
     runs = sorted({(r["run"], r["processor"], r["cores"], r["torch"], r["commit"]) for r in timed})
-    own = ", ".join(f"{r['loopback_ms']:.0f} ms with {r['ranks']}" for r in timed if r["ranks"] > 1)
+    own = " and ".join(f"{r['loopback_ms']:.0f} ms for {r['ranks']}" for r in timed[-2:])
     size, parts = timed[0]["gradient_bytes"] / MB, len(timed[0]["bucket_bytes"])
     told = "; ".join(
         f"run {run}: {processor}, {cores} cores, torch {torch}, commit {commit}"
@@ -58,10 +58,13 @@ def _circumstances(timed: Sequence[Record]) -> str:
     )
     return (
         f"A scenes-sized adapter through its frozen decoder, {size:.2f} MB of gradient in {parts} "
-        "buckets, every rank a process with one thread; times of each rank, medians. Bytes are "
-        "those of the loopback interface, headers and all; the model is 2 (W − 1) times the "
-        "gradient, of W ranks together. For the overlap the link is slowed, by waiting, to about a "
-        f"backward for all buckets{f' (loopback itself: {own})' if own else ''}; hidden is (alone "
-        "+ all-reduce − both) ÷ all-reduce, and by the model what is left when each bucket sets "
-        f"out as it is ready. {told[0].upper()}{told[1:]}."
+        "buckets, every rank a process with one thread; medians, of each rank where there are "
+        "several numbers. Bytes are those of the loopback interface, headers and all; the model is "
+        "2 (W − 1) times the gradient, of W ranks together. Ranks share cores and loopback is fast "
+        f"({own} ranks), so devices and network are paced by waiting: {timed[0]['layer_ms']:.0f} "
+        "ms more for the backward of each of four layers, and a link that takes "
+        f"{timed[0]['link_ms']:.0f} ms for all buckets. Hidden is (alone + all-reduce − both) ÷ "
+        "all-reduce of the slowest rank in each turn; by the model, all but what is left when the "
+        "backward ends and each bucket sets out as soon as it is ready. "
+        f"{told[0].upper()}{told[1:]}."
     )

@@ -55,7 +55,7 @@ def scaled(ranks, **more):
         "rank_alone_ms": [200.0] * ranks, "rank_step_ms": [280.0] * ranks,
         "overlap": 0.47 if ranks > 1 else None, "overlap_model": 0.44 if ranks > 1 else None,
         "gradient_bytes": 4467200, "bucket_bytes": [1] * 8, "run": "7", "processor": "x86_64",
-        "cores": 2, "torch": "2.13", "commit": "c0ffee",
+        "cores": 2, "torch": "2.13", "commit": "c0ffee", "layer_ms": 100.0, "link_ms": 400.0,
     } | more  # fmt: skip
 
 

@@ -22,20 +22,28 @@ SMALL = {name: Tile(16, 16, 4, 2) for name in tiles.ROPE3D_KERNELS}
 LARGE = {name: Tile(32, 64, 4, 2) for name in tiles.ROPE3D_KERNELS}
 
 
-@pytest.fixture(params=["small", "large"])
-def sizes(request):
-    """Tiles that need several steps, and such that need one; a GPU keeps those of the table."""
-    if torch.cuda.is_available():
-        yield
-        return
-    with forced(**(SMALL if request.param == "small" else LARGE)):
+# into how many parts the keys are split, whatever the rule says, and with which tiles: such that
+# need several steps, and such that need one
+WAYS = {
+    "whole-small": (1, SMALL),
+    "split-small": (3, SMALL),
+    "whole-large": (1, LARGE),
+    "split-large": (3, LARGE),
+}
+
+
+@pytest.fixture(params=["whole-small", "split-small"])
+def way(request, monkeypatch):
+    """One of WAYS; a GPU keeps the tiles of the table."""
+    parts, sizes = WAYS[request.param]
+    monkeypatch.setattr(rope3d_kernels, "choose_parts", lambda *_: parts)
+    with forced(**({} if torch.cuda.is_available() else sizes)):
         yield
 
 
-@pytest.fixture(params=[1, 3], ids=["whole", "split"])
-def parts(request, monkeypatch):
-    """Into how many parts the keys are split, whatever the rule says."""
-    monkeypatch.setattr(rope3d_kernels, "choose_parts", lambda *_: request.param)
+def ways(names, *values):
+    """Parametrize: a way by name, then values."""
+    return pytest.mark.parametrize(("way", *names.split()), values, indirect=["way"])
 
 
 def draw(device, heads=1, head_dim=16, grid=(5, 7), logits=1.0, dtype=torch.float32):
@@ -69,22 +77,35 @@ def assert_good(qkv, d_out, coords, **options):
     assert_attention(*functions, qkv, d_out, rounds_operands=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("logits", LOGITS)
-def test_is_as_good_as_the_reference(logits, dtype, parts, sizes, device):
+# each dtype meets each way and each kind of logits
+@ways(
+    "logits dtype",
+    *(
+        (way, logits, DTYPES[(i + j) % 3])
+        for i, way in enumerate(WAYS)
+        for j, logits in enumerate(LOGITS)
+    ),
+)
+def test_is_as_good_as_the_reference(logits, dtype, way, device):
     assert_good(*draw(device, logits=logits, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("logits", LOGITS[::3])
-def test_with_norms_too(logits, dtype, parts, sizes, device):
+@ways(
+    "logits dtype",
+    *(
+        (way, logits, DTYPES[(i + j) % 3])
+        for i, way in enumerate(WAYS)
+        for j, logits in enumerate(LOGITS[::3])
+    ),
+)
+def test_with_norms_too(logits, dtype, way, device):
     """Every gradient, those of the weights included; norms make all logits moderate, so two do."""
     qkv, d_out, coords = draw(device, logits=logits, dtype=dtype)
     assert_good([*qkv, *weights(16, dtype, device)], d_out, coords)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_sharp_logits_by_large_weights_of_norms(dtype, parts, sizes, device):
+@ways("dtype", ("whole-small", torch.bfloat16), ("split-small", torch.float32))
+def test_sharp_logits_by_large_weights_of_norms(dtype, way, device):
     qkv, d_out, coords = draw(device, dtype=dtype)
     assert_good([*qkv, *(5 * w for w in weights(16, dtype, device))], d_out, coords)
 
@@ -96,7 +117,7 @@ def test_norms_of_other_sizes(head_dim, places, device):
     assert_good([*qkv, *norms], d_out, coords if places else (None, None))
 
 
-def test_norms_with_padding_and_a_sample_without_keys(parts, sizes, device):
+def test_norms_with_padding_and_a_sample_without_keys(way, device):
     qkv, d_out, coords = draw(device)
     counts = torch.tensor((0, 16), dtype=torch.int32, device=device)
     norms = weights(16, device=device)
@@ -110,7 +131,7 @@ def test_norms_with_padding_and_a_sample_without_keys(parts, sizes, device):
         assert torch.equal(a, b)
 
 
-def test_rows_of_zeros_and_large_rows_are_normed_as_the_reference_norms_them(sizes, device):
+def test_rows_of_zeros_and_large_rows_are_normed_as_the_reference_norms_them(way, device):
     (q, k, v), d_out, coords = draw(device)
     q[:, 0], k[:, 1], q[:, 2] = 0.0, 0.0, 1e-4 * q[:, 2]
     k[:, 3] *= 1e4
@@ -126,7 +147,7 @@ def test_other_sizes_with_the_tiles_and_parts_of_the_table(heads, head_dim, grid
     assert_good(*draw(device, heads, head_dim, grid, dtype=dtype))
 
 
-def test_without_places_it_is_plain_attention_bit_for_bit(parts, sizes, device):
+def test_without_places_it_is_plain_attention_bit_for_bit(way, device):
     qkv, d_out, coords = draw(device, dtype=torch.bfloat16)
     nowhere = [torch.zeros_like(c) for c in coords]
     plain = run_attention(bind(ops.rope3d_attention, (None, None)), qkv, d_out)
@@ -137,15 +158,15 @@ def test_without_places_it_is_plain_attention_bit_for_bit(parts, sizes, device):
     assert_good(qkv, d_out, (None, None))
 
 
-def test_only_distances_count(parts, sizes, device):
+def test_only_distances_count(way, device):
     (q, k, v), _, coords = draw(device)
     out = ops.rope3d_attention(q, k, v, *coords)
     moved = ops.rope3d_attention(q, k, v, *(c + 10.0 for c in coords))
     torch.testing.assert_close(moved, out, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("far", [300.0, 5000.0])
-def test_far_places_are_turned_as_the_reference_turns_them(far, sizes, device):
+@ways("far", ("whole-small", 300.0), ("split-small", 5000.0))
+def test_far_places_are_turned_as_the_reference_turns_them(far, way, device):
     """float32 angles: both are off by their size times 2**-24, not more."""
     (q, k, v), _, coords = draw(device)
     coords = [c + far for c in coords]
@@ -154,7 +175,7 @@ def test_far_places_are_turned_as_the_reference_turns_them(far, sizes, device):
     assert (out.double() - exact).abs().max() < 8 * far * 2**-24
 
 
-def test_places_of_each_sample_and_strided_inputs(parts, sizes, device):
+def test_places_of_each_sample_and_strided_inputs(way, device):
     _, _, (_, k_coords) = draw(device)
     q_coords = (torch.rand(2, TREE.num_tokens, 3) * 64).to(device)
     q = torch.randn(TREE.num_tokens, 2, 16).to(device, torch.bfloat16).expand(2, -1, -1, -1)
@@ -165,9 +186,14 @@ def test_places_of_each_sample_and_strided_inputs(parts, sizes, device):
     assert_good((q, k, v), expanded, (q_coords, k_coords))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("lengths", [(35, 17), (0, 16)])
-def test_padding_never_leaks(lengths, dtype, parts, sizes, device):
+@ways(
+    "lengths dtype",
+    ("whole-small", (35, 17), torch.bfloat16),
+    ("split-small", (35, 17), torch.float32),
+    ("whole-small", (0, 16), torch.float32),
+    ("split-small", (0, 16), torch.bfloat16),
+)
+def test_padding_never_leaks(lengths, dtype, way, device):
     """Also of a sample without keys: out 0, lse -inf, and no gradient."""
     qkv, d_out, coords = draw(device, dtype=dtype)
     counts = torch.tensor(lengths, dtype=torch.int32, device=device)
@@ -185,8 +211,8 @@ def test_padding_never_leaks(lengths, dtype, parts, sizes, device):
         assert after.dv[i, length:].eq(0).all()
 
 
-@pytest.mark.parametrize("layout", ["strided", "expanded"])
-def test_lengths_of_any_strides(layout, parts, sizes, device):
+@ways("layout", ("split-small", "strided"), ("whole-small", "expanded"))
+def test_lengths_of_any_strides(layout, way, device):
     qkv, d_out, coords = draw(device)
     counts = torch.tensor([[17, 35], [35, 1]], dtype=torch.int32, device=device)
     counts = counts[:, 0] if layout == "strided" else counts[0, :1].expand(2)
@@ -198,7 +224,7 @@ def test_lengths_of_any_strides(layout, parts, sizes, device):
     report.assert_clean()
 
 
-def test_a_gradient_of_inf_leaves_padding_alone(parts, sizes, device):
+def test_a_gradient_of_inf_leaves_padding_alone(way, device):
     qkv, d_out, coords = draw(device)
     counts = torch.tensor((20, 35), dtype=torch.int32, device=device)
     d_out[0, 0] = float("inf")
@@ -207,7 +233,7 @@ def test_a_gradient_of_inf_leaves_padding_alone(parts, sizes, device):
     assert found.dv[0, 20:].eq(0).all()
 
 
-def test_turned_back_before_it_is_plain_attention(parts, sizes, device):
+def test_turned_back_before_it_is_plain_attention(way, device):
     """Rotated by -p, then by p in the kernels."""
     (q, k, v), _, coords = draw(device)
     back = [reference.rope3d(t, -c, AXES[16]) for t, c in zip((q, k), coords, strict=True)]
@@ -215,7 +241,7 @@ def test_turned_back_before_it_is_plain_attention(parts, sizes, device):
     torch.testing.assert_close(out, ops.rope3d_attention(q, k, v, None, None), rtol=0, atol=2e-5)
 
 
-def test_a_sample_alone_equals_itself_in_a_batch(parts, sizes, device):
+def test_a_sample_alone_equals_itself_in_a_batch(way, device):
     qkv, d_out, coords = draw(device, dtype=torch.bfloat16)
     op = bind(ops.rope3d_attention, coords)
     alone, together = (
@@ -229,7 +255,7 @@ def test_a_sample_alone_equals_itself_in_a_batch(parts, sizes, device):
         assert torch.equal(a, b)
 
 
-def test_storage_that_ends_in_nan(parts, sizes, device):
+def test_storage_that_ends_in_nan(way, device):
     qkv, d_out, coords = draw(device, dtype=torch.bfloat16)
     padded = [torch.cat([t, torch.full_like(t, float("nan"))], 1) for t in (*qkv, d_out)]
     *qkv, d_out = (t[:, : t.shape[1] // 2] for t in padded)
@@ -248,9 +274,14 @@ def test_the_rule_of_parts_fills_the_processors_and_no_more(tiles_of, blocks):
     assert fewer < 2 or -(-blocks // fewer) * tiles_of > 132
 
 
-@pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize("rotated", [True, False])
-def test_opcheck(rotated, normed, parts, device):
+@ways(
+    "rotated normed",
+    ("whole-small", True, False),
+    ("split-small", True, True),
+    ("whole-small", False, True),
+    ("split-small", False, False),
+)
+def test_opcheck(rotated, normed, way, device):
     (q, k, v), d_out, coords = draw(device, grid=(2, 3), dtype=torch.bfloat16)
     places = (*coords, None, 0.25, [4, 6, 6], 1e4)
     if not rotated:
@@ -297,7 +328,7 @@ def test_compiles_whole_for_other_sizes_and_recomputes_in_a_checkpoint(device):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sanitizer watches the interpreter")
 @pytest.mark.parametrize(("lengths", "normed"), [(None, False), ((35, 16), False), (None, True)])
-def test_no_stray_access_no_race_and_no_atomic(lengths, normed, parts, sizes, device):
+def test_no_stray_access_no_race_and_no_atomic(lengths, normed, way, device):
     qkv, d_out, coords = draw(device, dtype=torch.bfloat16)
     qkv += weights(16, torch.bfloat16) if normed else []
     counts = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)

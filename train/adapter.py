@@ -58,10 +58,10 @@ class AdapterStage(Generic[C]):
         self.adapter: Any = adapter.to(ranks.device)
         self.trained: nn.Module = nn.ModuleDict({"adapter": self.adapter})
 
-    @property
-    def num_unseen(self) -> int:
-        """Pictures that are held out."""
-        return self.config.eval_pictures
+    def unseen_shares(self, most: int) -> list[range]:
+        """Places of all pictures that are held out, in parts of at most so many of one size."""
+        stop = self.config.eval_pictures
+        return [range(at, min(at + most, stop)) for at in range(0, stop, most)]
 
     @property
     def guidance(self) -> float:
@@ -178,17 +178,17 @@ class AdapterStage(Generic[C]):
         return len(batch.ids) * flux_flops(config, txt, h * w, backward=True)
 
     def evaluate(self) -> dict[str, float]:
-        """Losses with noise that stays the same, and how far positions differ from one another."""
-        config, ranks = self.config, self.ranks
-        micro = min(len(shares(config, ranks)[0]), self.num_unseen)
-        count = self.num_unseen // micro
-        turns = -(-count // ranks.world)
+        """Losses with noise that stays the same, and how far positions differ from one another.
+
+        Means over all pictures that are held out, whatever the number of ranks and the micro-batch.
+        """
+        ranks, every = self.ranks, self.unseen_shares(self._at_once)
         sums = dict.fromkeys(("loss", "penalty", "mean_cosine", "effective_rank"), 0.0)
-        for turn in range(turns):
+        mine = 0
+        for turn in range(-(-len(every) // ranks.world)):
             number = turn * ranks.world + ranks.rank
             # all ranks take as many turns, as a sharded decoder wants; some are not counted
-            start = number % count * micro
-            batch = self.held_out([range(start, start + micro)])[0]
+            batch = self.held_out([every[number % len(every)]])[0]
             tokens, latents = self.read(batch)
             emb = self.embedding(tokens)
             found = {
@@ -197,24 +197,38 @@ class AdapterStage(Generic[C]):
                 "mean_cosine": mean_cosine(tokens),
                 "effective_rank": effective_rank(tokens),
             }
-            if number < count:
-                sums = {name: sums[name] + value.item() for name, value in found.items()}
-        mine = len(range(ranks.rank, count, ranks.world))
+            if number < len(every):
+                count = len(batch.ids)
+                sums = {name: sums[name] + count * value.item() for name, value in found.items()}
+                mine += count
         return mean_over(ranks, mine, sums)
 
     def sheet(self) -> Tensor:
         """Held-out pictures above what came back."""
-        batch = self.held_out([range(min(SHEET_PICTURES, self.num_unseen))])[0]
-        emb = self.embedding(self.read(batch)[0])
+        config, rows = self.config, ([], [])
         self.frozen.decoder.free()
-        height, width = batch.size
+        every = self.unseen_shares(min(self._at_once, SHEET_PICTURES))
+        height, width = self.held_out(every[:1])[0].size
         defaults = DecodeDefaults(height, width, SHEET_STEPS, self.guidance)
         pipe = SemanticPipeline(self.frozen.flux, self.adapter, defaults)
-        rebuilt = pipe.decode(emb, rule=mask_rule(self.config), output="pt")
-        shown = batch.tensors.get("pictures")
-        if shown is None:
-            return sheet_of(cast(Tensor, rebuilt))
-        return sheet_of(shown if shown.is_floating_point() else shown / 255, cast(Tensor, rebuilt))
+        left = SHEET_PICTURES
+        # a few at a time: the VAE needs more room for all of them than FLUX leaves
+        for batch in self.held_out(every):
+            if left <= 0 or batch.size != (height, width):
+                break
+            emb = self.embedding(self.read(batch)[0])
+            rebuilt = cast(Tensor, pipe.decode(emb, rule=mask_rule(config), output="pt"))
+            shown = batch.tensors.get("pictures")
+            if shown is not None:
+                rows[0].append((shown if shown.is_floating_point() else shown / 255).cpu())
+            rows[1].append(rebuilt.float().cpu())
+            left -= len(batch.ids)
+        return sheet_of(*(torch.cat(row) for row in rows if row))
+
+    @property
+    def _at_once(self) -> int:
+        """Pictures of a micro-batch."""
+        return len(shares(self.config, self.ranks)[0])
 
     def save(self, folder: Path) -> None:
         """Write the adapter to folder/adapter."""

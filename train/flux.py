@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Generator
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ from torch import Tensor, nn
 
 from sda_fast.adapter import SemanticAdapter
 from train.adapter import AdapterStage
-from train.batch import Batch, seed_of
+from train.batch import Batch
 from train.config import FluxConfig
 from train.data.loader import Loader
-from train.data.order import Order, assign_buckets, bucket_sizes
+from train.data.order import Order, Size, assign_buckets, bucket_sizes
 from train.data.source import Source, open_source
 from train.frozen import (
     Frozen,
@@ -54,7 +56,7 @@ class FluxStage(AdapterStage[FluxConfig]):
         check_precomputed(config, source)
         self.buckets = bucket_sizes(config.resolution, FITS)
         kinds = assign_buckets(source.sizes, self.buckets)
-        self.unseen = hold_out(source, kinds, self.buckets, config)
+        self.unseen = hold_out(source, kinds, self.buckets, config.eval_pictures, ranks)
         rest = np.setdiff1d(np.arange(len(source)), self.unseen.rows)
         self.source = Subset(source, rest)
         self.num_pictures: float = len(self.source)
@@ -81,13 +83,13 @@ class FluxStage(AdapterStage[FluxConfig]):
 
     @property
     def about(self) -> dict[str, Any]:
-        """Arguments of the adapter, and which pictures there are."""
-        return {**super().about, "data": self.fingerprint}
+        """Arguments of the adapter, which pictures there are, and which are held out."""
+        unseen = sha256("\n".join(self.unseen.ids).encode()).hexdigest()
+        return {**super().about, "data": self.fingerprint, "unseen": unseen}
 
-    @property
-    def num_unseen(self) -> int:
-        """Pictures that are held out."""
-        return len(self.unseen.rows)
+    def unseen_shares(self, most: int) -> list[range]:
+        """See AdapterStage."""
+        return self.unseen.shares(most)
 
     def batches(self, first: int) -> Generator[list[Batch], None, None]:
         """See Stage."""
@@ -99,7 +101,7 @@ class FluxStage(AdapterStage[FluxConfig]):
         return next(Loader(self.source, order, self.buckets, places, workers=0).batches(step))
 
     def held_out(self, places: list[range]) -> list[Batch]:
-        """Pictures that are never trained on, of one size."""
+        """Pictures that are never trained on; each of these places are of one size."""
         found = []
         for share in places:
             read = [self.unseen.samples[place] for place in share]
@@ -109,7 +111,7 @@ class FluxStage(AdapterStage[FluxConfig]):
                     places=tuple(share),
                     ids=tuple(self.unseen.ids[place] for place in share),
                     tensors={name: torch.stack([one[name] for one in read]) for name in read[0]},
-                    size=self.unseen.size,
+                    size=self.unseen.sizes[share[0]],
                 )
             )
         return found
@@ -140,54 +142,78 @@ class FluxStage(AdapterStage[FluxConfig]):
 
 @dataclass(frozen=True, slots=True)
 class Unseen:
-    """Pictures that are never trained on, read once and kept.
+    """Pictures that are never trained on, read once and kept; those of the commonest size first.
 
     Attributes:
         rows: of the source.
         ids: their names.
         samples: what the source reads of them.
-        size: of all of them.
+        sizes: of each, after cropping.
     """
 
     rows: list[int]
     ids: list[str]
     samples: list[dict[str, Tensor]]
-    size: tuple[int, int]
+    sizes: list[Size]
+
+    def shares(self, most: int) -> list[range]:
+        """All places in parts of at most so many, each of one size."""
+        found, start = [], 0
+        for _, group in groupby(self.sizes):
+            stop = start + len(list(group))
+            found += [range(at, min(at + most, stop)) for at in range(start, stop, most)]
+            start = stop
+        return found
 
 
 def hold_out(
-    source: Source, kinds: np.ndarray, buckets: tuple[tuple[int, int], ...], config: FluxConfig
+    source: Source,
+    kinds: np.ndarray,
+    buckets: tuple[Size, ...],
+    most: int,
+    ranks: Ranks,
 ) -> Unseen:
-    """Draw pictures of the bucket that most are of; those that cannot be read are passed over.
+    """Take pictures by a digest of their names: in every phase the same, whatever its size or seed.
+
+    One rank chooses; pictures that it cannot read are passed over, for the run to meet and count.
 
     Args:
         source: of all pictures.
         kinds: [n] bucket of each.
         buckets: their sizes.
-        config: of the run: config.eval_pictures are drawn, at most half of that bucket.
+        most: how many, at most half of all.
+        ranks: of the run; all call this.
 
     Raises:
-        ValueError: there are too few to hold one out.
+        ValueError: there are too few to hold one out, or a rank cannot read what the first can.
+        OSError: likewise.
     """
-    bucket = int(np.bincount(kinds).argmax())
-    of_bucket = np.flatnonzero(kinds == bucket)
-    wanted = min(config.eval_pictures, len(of_bucket) // 2)
-    found = Unseen([], [], [], buckets[bucket])
-    for row in np.random.default_rng(seed_of(config.seed)).permutation(of_bucket).tolist():
-        if len(found.rows) == wanted:
+    rows = ranks.gather(_choose(source, kinds, buckets, most) if ranks.first else None)[0]
+    if not rows:
+        raise ValueError(f"data must hold at least 2 whole pictures, got {len(source)}")
+    common = np.bincount(kinds[rows])
+    rows.sort(key=lambda row: (-common[kinds[row]], kinds[row]))
+    sizes = [buckets[kinds[row]] for row in rows]
+    samples = [source.read(row, size) for row, size in zip(rows, sizes, strict=True)]
+    return Unseen(rows, [source.ids(row) for row in rows], samples, sizes)
+
+
+def _choose(source: Source, kinds: np.ndarray, buckets: tuple[Size, ...], most: int) -> list[int]:
+    # what was precomputed has the name of a shard in front
+    first = int(source.kind == "precomputed")
+    names = (source.ids(row).split("/", first)[-1] for row in range(len(source)))
+    digests = (sha256(name.encode()).digest()[:8] for name in names)
+    keys = np.fromiter(map(int.from_bytes, digests), np.uint64, len(source))
+    rows: list[int] = []
+    for row in keys.argsort(kind="stable").tolist():
+        if len(rows) == min(most, len(source) // 2):
             break
         try:
-            found.samples.append(source.read(row, found.size))
-        except (OSError, ValueError):  # the run will meet it, and count it
+            source.read(row, buckets[kinds[row]])
+        except (OSError, ValueError):
             continue
-        found.rows.append(row)
-        found.ids.append(source.ids(row))
-    if not found.rows:
-        raise ValueError(
-            f"data must hold at least 2 whole pictures of one shape, got {len(of_bucket)} of the "
-            f"commonest, of which none was kept to look at"
-        )
-    return found
+        rows.append(row)
+    return rows
 
 
 def sizes_of(config: FluxConfig) -> dict[str, Any]:

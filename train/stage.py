@@ -135,7 +135,7 @@ def draw_noise(batch: Batch, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_over(ranks: Ranks, count: int, sums: dict[str, float]) -> dict[str, float]:
-    """Means over all ranks of what each has summed over ``count`` batches; all call it."""
+    """Means over all ranks of what each has summed over ``count`` pictures; all call it."""
     values = torch.tensor([count, *sums.values()], dtype=torch.float64, device=ranks.device)
     total, *rest = ranks.sum(values)
     return {name: value / total for name, value in zip(sums, rest, strict=True)}
