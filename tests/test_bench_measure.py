@@ -252,7 +252,9 @@ def test_the_gpu_script_begins_nothing_that_has_no_time(h100):
     assert "usage" in done.stderr
 
 
-@pytest.mark.parametrize("suite", ["attention", "qformer", "encode", "flux", "flux-train", "tune"])
+@pytest.mark.parametrize(
+    "suite", ["attention", "qformer", "encode", "flux", "flux-train", "training", "tune"]
+)
 def test_the_gpu_script_tests_what_a_suite_times_by_files_that_are_there(h100, suite):
     _, calls, _ = h100(suite, LIMIT_S="200")
     assert len(calls) == 3

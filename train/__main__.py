@@ -90,10 +90,12 @@ def precompute(
 
     try:
         with open_ranks(config.timeout_s) as ranks:
-            precompute_for(config, to, ranks)
+            finished = precompute_for(config, to, ranks)
     except FAULTS as error:
         _fail(f"precompute: {error}", 1)
-    print(f"finished: {to}")
+    # of all ranks the last one sees the end
+    if finished:
+        print(f"finished: {to}")
 
 
 @app.command()
@@ -190,7 +192,9 @@ def build_stage(config: TrainConfig, ranks: Ranks) -> Stage:
 def _train(config: TrainConfig, parent: str | None, report_to: list[str], ranks: Ranks) -> None:
     from train.lineage import begins_anew, find_parent
     from train.loop import train
+    from train.report import check_report_to
 
+    check_report_to(report_to)
     found = None
     if isinstance(config, AdapterConfig):
         found = find_parent(config, parent) if begins_anew(config) else None

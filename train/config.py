@@ -1,6 +1,7 @@
 """What a run is made of. A run is a function in train.recipes that returns one of these."""
 
 import json
+import math
 import types
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
@@ -56,6 +57,12 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch must be none or at least 1, got {self.micro_batch}")
+        for name in ("muon_lr", "adamw_lr", "weight_decay", "warmup_steps"):
+            _check_not_negative(self, name)
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be 0 or more, below 1, got {self.ema_decay}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.warmup_steps > self.steps:
@@ -106,6 +113,14 @@ class AdapterConfig(TrainConfig):
             raise ValueError(f"level_dropout must be 0 or more, below 1, got {self.level_dropout}")
         if self.eval_pictures < 1:
             raise ValueError(f"eval_pictures must be at least 1, got {self.eval_pictures}")
+        _check_not_negative(self, "penalty")
+        if min(self.width, self.num_layers, self.num_heads) < 1 or self.width % (
+            16 * self.num_heads
+        ):
+            raise ValueError(
+                f"width must be a multiple of 16 times num_heads, and num_layers at least 1, got "
+                f"{self.width}, {self.num_heads} and {self.num_layers}"
+            )
 
     def part(self, name: Literal["flux", "clip", "dino"]) -> Path:
         """Return the folder of a frozen part; it need not be there."""
@@ -148,9 +163,14 @@ class FluxConfig(AdapterConfig):
             raise ValueError("decoder must be fast where shard_flux is true, got stock")
         if self.flux_precision == "fp8" and self.decoder == "stock":
             raise ValueError("flux_precision must be bf16 where decoder is stock, got fp8")
-        for name in ("open_layers", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("open_layers", "workers", "encoder_lr", "guidance"):
+            _check_not_negative(self, name)
+
+
+def _check_not_negative(config: TrainConfig, name: str) -> None:
+    value = getattr(config, name)
+    if not 0 <= value < math.inf:  # nor NaN
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
 CONFIGS: dict[str, type[TrainConfig]] = {"adapter": AdapterConfig, "flux": FluxConfig}

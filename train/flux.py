@@ -136,8 +136,16 @@ class FluxStage(AdapterStage[FluxConfig]):
         layers = {str(index): layer.float() for index, layer in encoder.opened_layers().items()}
         if layers:
             # names as in trained_layers
-            opened = nn.ModuleDict({"dino": nn.ModuleDict({"layers": nn.ModuleDict(layers)})})
+            opened = _Still({"dino": nn.ModuleDict({"layers": nn.ModuleDict(layers)})})
             self.trained = nn.ModuleDict({"adapter": self.adapter, "encoder": opened})
+
+
+class _Still(nn.ModuleDict):
+    """Layers of an encoder, which learn without dropout: see ImageEncoder.train."""
+
+    def train(self, mode: bool = True) -> "_Still":
+        """Stay in evaluation mode."""
+        return super().train(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,15 +315,23 @@ def open_for_ranks(config: FluxConfig, ranks: Ranks) -> Source:
     return source
 
 
-def precompute_for(config: FluxConfig, to: Path, ranks: Ranks) -> None:
+def precompute_for(config: FluxConfig, to: Path, ranks: Ranks) -> bool:
     """Write the features and latents that runs of this config read; see train.precompute.
 
+    Returns:
+        Whether all is there; other ranks may have to finish first.
+
     Raises:
-        ValueError: see ``open_for_ranks`` and ``precompute``.
+        ValueError: layers of an encoder shall learn; or see ``open_for_ranks`` and ``precompute``.
         OSError: see these.
     """
     from train.precompute import ShardLayout, precompute
 
+    if config.open_layers:
+        raise ValueError(
+            f"open_layers must be 0 for what is precomputed, got {config.open_layers}: features "
+            f"of layers that learn change with every step"
+        )
     if config.rehearsal == "none":
         find_parts(config)
     source = open_for_ranks(config, ranks)
@@ -333,4 +349,4 @@ def precompute_for(config: FluxConfig, to: Path, ranks: Ranks) -> None:
         about=sizes_of(config) | models_of(readers),
         batch_size=config.micro_batch or 8,
     )
-    precompute(source, to, encode, layout, ranks.rank, ranks.world, ranks.first)
+    return precompute(source, to, encode, layout, ranks.rank, ranks.world, ranks.first)

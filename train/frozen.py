@@ -152,7 +152,15 @@ def find_parts(config: FluxConfig) -> dict[str, Path]:
         raise FileNotFoundError(
             f"{config.name} wants folders or hub ids of its frozen models: set {', '.join(unset)}"
         )
-    return {name: resolve_folder(getattr(config, name), name) for name in PARTS}
+    found, missing = {}, []
+    for name in PARTS:
+        try:
+            found[name] = resolve_folder(getattr(config, name), name)
+        except FileNotFoundError as error:
+            missing.append(str(error))
+    if missing:
+        raise FileNotFoundError("; ".join(missing))
+    return found
 
 
 def weights_hash(module: Any) -> str:
