@@ -6,10 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 WORKER = """
-import sys
+import itertools, sys
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.distributed.fsdp import fully_shard
@@ -34,28 +32,25 @@ def gradients(model, x):
     full = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g
     return [full(p.grad) for p in model.parameters()]
 
-rank, wrap = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=sys.argv[3], rank=rank, world_size=2)
-for implementation in ("fused", "split"):
+rank, wraps = int(sys.argv[1]), {"ddp": DistributedDataParallel, "fsdp2": fully_shard}
+dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
+for wrap, implementation in itertools.product(wraps, ("fused", "split")):
     torch.manual_seed(0)
     whole = Block(implementation)
     batch = torch.randn(2, 18, 32)
     torch.manual_seed(0)
-    spread = Block(implementation)
-    if wrap == "ddp":
-        spread = DistributedDataParallel(spread)
-    else:
-        fully_shard(spread)
+    spread = wraps[wrap](Block(implementation))
     # both take the mean over processes of gradients of sums
     for mine, all in zip(gradients(spread, batch[rank : rank + 1]), gradients(whole, batch)):
-        torch.testing.assert_close(mine, all / 2)
+        torch.testing.assert_close(mine, all / 2, msg=lambda text: f"{wrap}: {text}")
+    print("agreed", wrap, implementation)
 dist.destroy_process_group()
-print("agreed")
 """
+AGREED = [f"agreed {wrap} {implementation}" for wrap in ("ddp", "fsdp2")
+          for implementation in ("fused", "split")]  # fmt: skip
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
-def test_two_processes_get_the_gradients_of_one(wrap):
+def test_two_processes_get_the_gradients_of_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -63,7 +58,7 @@ def test_two_processes_get_the_gradients_of_one(wrap):
     environment["TRITON_INTERPRET"] = "1"
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), wrap, address],
+            [sys.executable, "-c", WORKER, str(rank), address],
             env=environment, cwd=Path(__file__).parent.parent,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
@@ -72,7 +67,7 @@ def test_two_processes_get_the_gradients_of_one(wrap):
     try:
         for worker in workers:
             said, errors = worker.communicate(timeout=120)
-            assert said.strip().endswith("agreed"), errors[-3000:]
+            assert said.splitlines() == AGREED, errors[-3000:]
     finally:
         for worker in workers:
             worker.kill()

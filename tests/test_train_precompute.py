@@ -61,6 +61,16 @@ def copy(out, target):
     return target
 
 
+def test_a_picture_that_another_took_the_place_of_is_no_longer_what_was_precomputed(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    make_folder(folder, count=5)
+    assert precompute(open_source(folder), tmp_path / "out", encode, LAYOUT, progress=False)
+    Image.new("RGB", (20, 20), "red").save(folder / "001.png")
+    with pytest.raises(ValueError, match=r"was begun otherwise: source \(was "):
+        precompute(open_source(folder), tmp_path / "out", encode, LAYOUT, progress=False)
+
+
 def test_what_was_precomputed_is_read_back_bit_for_bit(source, whole):
     # 18 squares and 9 wide ones, 6 a shard
     assert len(list(whole.glob("shard-*.safetensors"))) == 3 + 2

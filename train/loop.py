@@ -73,9 +73,7 @@ def train(
                         progress.judge(step, view.evaluate(step, state))
                 progress.check(state, outcome, saver)
                 if last or outcome.ended or progress.save_due(config, saver):
-                    if ranks.first:
-                        about = describe_state(state, progress)
-                        view.saved(saver.save(step, state.tensors(), about, wait=outcome.ended))
+                    view.saved(progress.save(state, saver, wait=outcome.ended))
                     if outcome.ended and not last:
                         ranks.wait()  # for the one that saves
                         raise Ended(f"told to end after step {step}, which is saved")

@@ -66,6 +66,12 @@ class Progress:
         every = self.step % config.checkpoint_every == 0
         return every or self._better or saver.due(config.checkpoint_minutes)
 
+    def save(self, state: State, saver: Saver, wait: bool) -> float | None:
+        """Write a checkpoint, on the rank that writes; the seconds that training waited for it."""
+        if not state.ranks.first:
+            return None
+        return saver.save(self.step, state.tensors(), describe_state(state, self), wait)
+
     def row(self, outcome: Outcome, factor: float) -> dict[str, float]:
         """Of the log; numbers that are not finite are left out."""
         row = {name: round(value, 6) for name, value in outcome.losses.items()}

@@ -74,7 +74,7 @@ class View:
         if self._display is not None:
             self._display.update(int(row["step"]), row)
 
-    def saved(self, seconds: float) -> None:
+    def saved(self, seconds: float | None) -> None:
         """A checkpoint has kept the run waiting for so long."""
         self._stall = seconds
 

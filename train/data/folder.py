@@ -158,7 +158,8 @@ def _index_files(root: Path, files: list[File]) -> Index:
     for file in files:
         try:
             check_bytes(file.length)
-            entries.append(Entry(file.name, file.size or _read_size(root / file.name)))
+            size = file.size or _read_size(root / file.name)
+            entries.append(Entry(file.name, size, (0, 0, file.length)))
         except (OSError, ValueError) as error:
             refused[file.name] = str(error)
     return Index.of(entries, refused)

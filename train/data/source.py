@@ -42,7 +42,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A sha256 over ids and sizes."""
+        """A sha256 over ids, sizes and lengths in bytes."""
         ...
 
     def __len__(self) -> int: ...
