@@ -75,7 +75,7 @@ def train(
                 if last or outcome.ended or progress.save_due(config, saver):
                     view.saved(progress.save(state, saver, wait=outcome.ended))
                     if outcome.ended and not last:
-                        ranks.wait()  # for the one that saves
+                        ranks.wait()
                         raise Ended(f"told to end after step {step}, which is saved")
         if ranks.first:
             with state.averaged():

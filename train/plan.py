@@ -256,9 +256,9 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 def memory_records(config: AdapterConfig, results: Path) -> Iterator[str]:
     """What records say of memory, in words."""
     record = latest(results / "training.jsonl", config, "training")
-    if record is not None and record.get("peak_bytes"):
-        peak = record["peak_bytes"] / GIB
-        yield f"{peak:.1f} GiB at micro-batch {record['batch']}, measured: {origin(record)}"
+    took = None if record is None else _memory(record)
+    if record is not None and took is not None:
+        yield f"{took:.1f} GiB at micro-batch {record['batch']}, measured: {origin(record)}"
     found = [
         record
         for record in read_records(results / "flux-train.jsonl")
@@ -267,6 +267,14 @@ def memory_records(config: AdapterConfig, results: Path) -> Iterator[str]:
     if found:
         most, by = found[-1]["largest_batch"], found[-1].get("largest_batch_by")
         yield f"largest batch through FLUX alone {most} ({by}), measured: {origin(found[-1])}"
+
+
+def _memory(record: Mapping[str, Any]) -> float | None:
+    """GiB of a whole step: the trainer's own word, or the models' and what a step adds to them."""
+    held, peak = record.get("held_bytes"), record.get("peak_bytes")
+    if record.get("memory_gib"):
+        return record["memory_gib"]
+    return None if held is None or peak is None else (held + peak) / GIB
 
 
 def origin(record: Mapping[str, Any]) -> str:
