@@ -9,10 +9,10 @@ from csrc_triton.tiles import ROPE3D_KERNELS, Tile, forced
 from sda_fast import qformer, reference
 from sda_fast.adapter import SemanticAdapter
 from sda_fast.hierarchy import Hierarchy
+from sda_fast.losses import cosine_penalty, flow_matching_loss, sample_t
 from sda_fast.scenes.render import render
 from sda_fast.scenes.world import SMALL, sample_scenes
 from train import scenes_text
-from sda_fast.losses import cosine_penalty, flow_matching_loss, sample_t
 from train.scenes_text import Velocity, pack
 
 from .tiny_scenes import POOLED, SIZE, tiny_scenes_pipeline
@@ -65,7 +65,10 @@ def test_embedding_and_gradients_of_all_parameters(options, kernels, monkeypatch
 
 
 def losses_of(pipe, adapter, steps):
-    """The loss curve of an adapter that learns two scenes through the frozen decoder."""
+    """The loss curve of an adapter that learns two scenes through the frozen decoder.
+
+    Every fourth step draws the same noise, so that what was learned shows.
+    """
     pictures = render(sample_scenes(SMALL, "train", 0, 2), SIZE)
     with torch.no_grad():
         features, grid = pipe.adapter.encoder(pictures)
@@ -74,7 +77,7 @@ def losses_of(pipe, adapter, steps):
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
     found = []
     for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(step % 4)
         t = sample_t(len(x0), x0.shape[1], generator)
         noise = torch.randn(x0.shape, generator=generator)
         tokens = adapter(features, grid)
@@ -87,12 +90,12 @@ def losses_of(pipe, adapter, steps):
     return torch.tensor(found)
 
 
-def test_fifty_steps_on_scenes_give_the_same_loss_curve(kernels, monkeypatch):
+def test_eight_steps_on_scenes_give_the_same_loss_curve(kernels, monkeypatch):
     monkeypatch.setattr(scenes_text, "POOLED", POOLED)  # the tiny decoder's
     pipe = tiny_scenes_pipeline(tokens_per_node=(3, 1))
     start = pipe.adapter.train()
-    ours = losses_of(pipe, copy.deepcopy(start), 50)
+    ours = losses_of(pipe, copy.deepcopy(start), 8)
     on_reference(monkeypatch)
-    right = losses_of(pipe, copy.deepcopy(start), 50)
-    assert right[-10:].mean() < right[:10].mean()
+    right = losses_of(pipe, copy.deepcopy(start), 8)
+    assert (right[4:] < right[:4]).all()
     torch.testing.assert_close(ours, right, rtol=2e-4, atol=0)

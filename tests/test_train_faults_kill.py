@@ -31,26 +31,38 @@ def whole(run_folder):
     return 0 if found is None else step_of(found)
 
 
-def parts(run_folder):
-    return list((run_folder / "checkpoints").glob(".part-*"))
+def parts(run_folder, file=""):
+    return list((run_folder / "checkpoints").glob(f".part-*/{file}".rstrip("/")))
+
+
+# as a run starts; anywhere after its first save; as a save has come so far; right after one
+MOMENTS = ["start"] * 3 + ["any"] * 5 + ["named"] * 4
+MOMENTS += ["", "*.safetensors", "meta.json", "SHA256SUMS"] * 2
+
+
+def wait_for(moment, run, before, rng):
+    """Wait for the moment to kill a run at, which begins at the checkpoint of step before."""
+    if moment == "start":
+        time.sleep(rng.uniform(0.05, 0.5))
+        return
+    run.until_saved(before + 1)
+    if moment == "any":
+        time.sleep(rng.uniform(0, 0.2))
+    elif moment == "named":
+        run.until_saved(before + 2, pause=0)
+    else:
+        run.until(lambda: parts(run.run_folder, moment), pause=0)
+        time.sleep(rng.uniform(0, 0.01))
 
 
 def test_a_run_killed_at_twenty_moments_ends_like_an_unbroken_one(unbroken, tmp_path):
     folder, rng = tmp_path / "scenes-dino", random.Random(0)
-    # as it starts, between saves or in one, and in a save for certain
-    moments = ["start"] * 3 + ["any"] * 8 + ["save"] * 9
-    rng.shuffle(moments)
+    moments = rng.sample(MOMENTS, len(MOMENTS))
     inside = 0
     for moment in moments:
         before = whole(folder)
         run = Run(tmp_path, STEPS, plants=(Loud(),))
-        if moment == "start":
-            time.sleep(rng.uniform(0.05, 0.5))
-        else:
-            run.until_saved(before + 1)
-            if moment == "save":
-                run.until(lambda: parts(folder))
-            time.sleep(rng.uniform(0, 0.08 if moment == "save" else 0.2))
+        wait_for(moment, run, before, rng)
         assert run.ranks[0].exitcode is None, f"it was over before it was killed:\n{run.said()}"
         run.kill()
         assert run.wait() == [-signal.SIGKILL]

@@ -139,6 +139,7 @@ def test_a_bucket_without_a_whole_picture_ends_with_the_list(tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         list(islice(batches, order_of(source).steps_per_epoch))
     assert "  03.png: the image is damaged or truncated" in str(error.value)
+    assert multiprocessing.active_children() == []
 
 
 def test_a_worker_that_is_killed_is_an_error_of_the_next_batch_and_no_hang(source):

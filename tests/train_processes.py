@@ -77,7 +77,7 @@ class Run:
         files = self.outputs if rank is None else [self.outputs[rank]]
         return "".join(file.read_text(errors="replace") for file in files if file.exists())
 
-    def until(self, happened):
+    def until(self, happened, pause=0.005):
         """Watch until happened() is true or a rank has ended; return what it returned."""
         end = time.monotonic() + PATIENCE_S
         while True:
@@ -88,11 +88,11 @@ class Run:
             if time.monotonic() > end:
                 self.kill()
                 raise TimeoutError(f"a run did not come so far:\n{self.said()}")
-            time.sleep(0.005)
+            time.sleep(pause)
 
-    def until_saved(self, step):
+    def until_saved(self, step, pause=0.005):
         """Watch until a checkpoint of that step or a later one is there."""
-        self.until(lambda: max(steps_there(self.run_folder), default=0) >= step)
+        self.until(lambda: max(steps_there(self.run_folder), default=0) >= step, pause)
 
     def until_logged(self, step):
         """Watch until the log has that step."""

@@ -111,25 +111,28 @@ class Loader:
         return self._steps(results)
 
     def _steps(self, results: Iterator[Mapping[str, Any]]) -> Generator[list[Batch], None, None]:
-        while True:
-            batches = []
-            for _ in self.micro:
-                try:
-                    batch = _batch(**next(results))
-                except RuntimeError as error:
-                    if "DataLoader worker" not in str(error):
-                        raise
-                    raise RuntimeError(
-                        f"a process that reads data has died ({error}): memory or /dev/shm may be "
-                        f"full, and fewer workers than {self.workers} take less of them"
-                    ) from error
-                if not batch.tensors:
-                    raise ValueError(
-                        f"data: step {batch.step} has a place for which {ATTEMPTS} pictures in a "
-                        f"row cannot be read:\n{list_reasons(batch.broken)}"
-                    )
-                batches.append(batch)
-            yield batches
+        try:
+            while True:
+                batches = []
+                for _ in self.micro:
+                    try:
+                        batch = _batch(**next(results))
+                    except RuntimeError as error:
+                        if "DataLoader worker" not in str(error):
+                            raise
+                        raise RuntimeError(
+                            f"a process that reads data has died ({error}): memory or /dev/shm may "
+                            f"be full, and fewer workers than {self.workers} take less of them"
+                        ) from error
+                    if not batch.tensors:
+                        raise ValueError(
+                            f"data: step {batch.step} has a place for which {ATTEMPTS} pictures in "
+                            f"a row cannot be read:\n{list_reasons(batch.broken)}"
+                        )
+                    batches.append(batch)
+                yield batches
+        finally:
+            del results  # or its workers live as long as somebody looks at the traceback
 
     def _tasks(self, first_step: int) -> Iterator[_Task]:
         for step in count(first_step):
