@@ -1,9 +1,11 @@
 """The sweep of joint attention's tiles, on a CPU in Triton's interpreter."""
 
+import io
 import json
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import astuple, replace
 from itertools import product
 
@@ -14,12 +16,11 @@ from triton.runtime.errors import OutOfResources
 from bench import attempts, tune, tune_joint
 from bench.__main__ import main as bench
 from bench.attempts import Attempt, Turns, run
-from bench.cases import SMALL, Case, select
+from bench.cases import Case
 from bench.circumstances import circumstances
 from bench.measure import Deadline
 from bench.records import read_records
 from bench.suite import DeviceLost
-from bench.tune import chosen
 from bench.tune_joint import NARROW_SWEEP, SWEEP, JointTuning, Subject, shapes, with_masked
 from bench.tune_table import entries, fastest, line, preferred
 from csrc_triton import joint_attention, tiles
@@ -47,18 +48,39 @@ def evaluated(lines):
     return eval("(" + "\n".join(lines) + "\n)", names)
 
 
+def ran(cases, out):
+    """Records and printed lines of the command, in this process."""
+    options = ["--small", "--cases", cases, "--reps", "1", "--out", str(out), "--commit", "c0ffee"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setitem(tune.CASES, TINY.name, TINY)
+        with pytest.raises(SystemExit) as stop:
+            bench(["tune", *options])
+    assert stop.value.code == 0, said.getvalue()
+    return read_records(out / "tune.jsonl"), said.getvalue()
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The whole command, as a user runs it."""
-    out = tmp_path_factory.mktemp("results") / "new"
-    options = ["--small", "--reps", "1", "--out", str(out), "--commit", "c0ffee"]
+    """The smallest case of each operator."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    return ran(f"{TINY.name},{tune.SMALL_OPS[0].name}", tmp_path_factory.mktemp("results") / "new")
+
+
+def test_a_user_s_process_runs_the_suite_to_its_end(tmp_path):
+    case = tune.SMALL_OPS[0].name
+    options = ["--small", "--cases", case, "--reps", "1", "--out", str(tmp_path / "new")]
     done = subprocess.run(
         [sys.executable, "-m", "bench", "tune", *options],
         cwd=ROOT, env=plain_environment(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1"),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return read_records(out / "tune.jsonl"), done.stdout
+    records = read_records(tmp_path / "new" / "tune.jsonl")
+    assert {(r["case"], r["status"]) for r in records} == {(case, "ok")}
+    assert f"{len(records)} records in" in done.stdout
+    assert "# ROPE3D_ENTRIES" in done.stdout
 
 
 def test_in_the_interpreter_the_suite_runs_to_its_end(small):
@@ -73,7 +95,7 @@ def test_in_the_interpreter_the_suite_runs_to_its_end(small):
     passes = [(r["pass"], r["implementation"]) for r in records if not r["kernel"]]
     assert passes == [(d, i) for d in ("forward", "backward") for i in IMPLEMENTATIONS]
     for record in records:
-        assert (record["suite"], record["case"]) == ("tune", SMALL[0].name)
+        assert (record["suite"], record["case"]) == ("tune", TINY.name)
         assert 0 < record["p20_ms"] <= record["p50_ms"] <= record["p80_ms"]
         assert (record["reps"], record["gpu"], record["nvml"]) == (1, None, None)
     assert f"{len(every)} records in" in said
@@ -99,7 +121,7 @@ def test_what_is_printed_can_be_pasted(small):
     for entry in found:
         best = fastest(records, entry.kernel, entry.implementation)
         assert entry.tile == Tile(**best["tile"])
-        assert (entry.dtypes, entry.head_dims) == ((torch.float32,), (SMALL[0].head_dim,))
+        assert (entry.dtypes, entry.head_dims) == ((torch.float32,), (TINY.head_dim,))
         for part in (f"torch {torch.__version__}", "triton", "commit", best["case"], "before"):
             assert part in entry.chosen_by
         assert f" {best['p50_ms']:.4f} ms" in entry.chosen_by
@@ -110,7 +132,7 @@ def test_what_is_printed_can_be_pasted(small):
                  if (r["pass"], r["kernel"]) == (choice.direction, None)}  # fmt: skip
         assert choice.implementation == min(times, key=times.get)
         assert choice.dtypes == (torch.float32,)
-        assert SMALL[0].name in choice.chosen_by
+        assert TINY.name in choice.chosen_by
 
 
 def tuning(**options):
@@ -340,45 +362,3 @@ def test_what_cannot_run_is_refused_before_anything_does(options, says, tmp_path
     assert stop.value.code == 2
     assert says in capsys.readouterr().out
     assert not (tmp_path / "new").exists()
-
-
-def chosen_anywhere(text):
-    return select(text, tune.GROUPS, tune.CASES)
-
-
-def test_the_interpreter_is_for_float32_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(tune, "interpreted", lambda: True)
-    with pytest.raises(ValueError, match=r"needs float32 cases, got flux-1024-b1-tree32\.8\.4, op"):
-        chosen(tune.DEFAULT, None, CPU)
-    with pytest.raises(ValueError, match="TRITON_INTERPRET is set: without it"):
-        chosen(tune.DEFAULT, None, torch.device("cuda"))
-    cases = chosen("small-?x*", "64,16", CPU)
-    assert [c.head_dim for c in cases] == [64] * 2 + [16] * 2
-    assert [c.name for c in cases[:2]] == [c.name for c in SMALL[:2]]
-
-
-def test_the_default_cases_are_flux_s_and_the_adapter_s():
-    found = [c.name for c in chosen_anywhere(tune.DEFAULT)]
-    assert [name for name in found if name.startswith("flux")] == [
-        f"flux-{size}-tree32.8.4" for size in ("1024-b1", "2048-b1", "512-b1", "1024-b4")
-    ]
-    assert [name for name in found if name.startswith("op")] == [
-        "op-b1-s1369", "op-b16-s1369", "op-b16-s4096"
-    ]  # fmt: skip
-    assert found == tune.DEFAULT.split(",")
-
-
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("op-b64-*,flux-512-b8-tree16",
-         ["op-b64-s729", "op-b64-s1369", "op-b64-s4096", "flux-512-b8-tree16"]),
-        ("op", [f"op-b{b}-s{s}" for s in (729, 1369, 4096) for b in (1, 4, 16, 64)]),
-        ("small", [*(c.name for c in SMALL), "small-op-b1-s16", "small-op-b2-s36"]),
-    ],
-)  # fmt: skip
-def test_cases_of_both_operators_have_names(text, names):
-    assert [c.name for c in chosen_anywhere(text)] == names
-    assert {"op-b16-s1369", "flux-1024-b1-tree32.8.4"} < {c.name for c in chosen_anywhere("goals")}
-    with pytest.raises(ValueError, match=r"of goals, flux, op, small or names like .*, got 'adapt"):
-        chosen_anywhere("adapter-b1-s1369")

@@ -1,8 +1,6 @@
 """The sweep of rotated attention's tiles and parts, on a CPU in Triton's interpreter."""
 
 import json
-import subprocess
-import sys
 from dataclasses import astuple, replace
 
 import pytest
@@ -12,7 +10,6 @@ from bench import attempts
 from bench.attempts import Turns
 from bench.circumstances import circumstances
 from bench.qformer_cases import SMALL, QFormerCase
-from bench.records import read_records
 from bench.tune_rope3d import (
     RESULTS,
     SPLIT,
@@ -31,8 +28,7 @@ from sda_fast import ops, reference
 from sda_fast.hierarchy import Hierarchy
 
 from .numerics import DTYPES
-from .test_bench_measure import ROOT, plain_environment
-from .test_bench_tune import CPU, evaluated, needs_no_gpu, record
+from .test_bench_tune import CPU, evaluated, needs_no_gpu, ran, record
 
 CASE = SMALL[1]
 # 6 queries of 2 heads, 36 keys: three blocks of 16
@@ -54,16 +50,10 @@ def trial_of(r):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The whole command, as a user runs it."""
-    out = tmp_path_factory.mktemp("results") / "new"
-    options = ["--small", "--cases", CASE.name, "--reps", "1", "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "tune", *options],
-        cwd=ROOT, env=plain_environment(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1"),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return read_records(out / "tune.jsonl"), done.stdout
+    """The command on a case with keys for several parts."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    return ran(CASE.name, tmp_path_factory.mktemp("results") / "new")
 
 
 def test_the_suite_tries_every_tile_then_other_parts(small):

@@ -9,13 +9,15 @@ from sda_fast import cuda_graphs
 from sda_fast.cuda_graphs import GraphCache
 from sda_fast.hierarchy import Hierarchy
 
+from . import tiny_encoders
 from .tape import TapePool
 from .tiny_encoders import tiny_adapter, tiny_encoder
 
 
 @pytest.fixture
-def adapter():
-    adapter = tiny_adapter(pooled_features=5)
+def adapter(monkeypatch):
+    monkeypatch.setattr(tiny_encoders, "DEPTH", 2)  # recording takes its time for every layer
+    adapter = tiny_adapter(pooled_features=5, num_layers=1)
     adapter.set_encoder(tiny_encoder())
     return adapter
 

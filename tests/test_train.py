@@ -77,7 +77,8 @@ def test_an_adapter_trains_through_a_decoder_that_stays_as_it_was(recipe, chain,
 
 def test_muon_and_half_precision_learn_too(chain, tmp_path):
     words = ["steps=1", "batch_size=1", "width=32", "num_layers=1", "num_heads=2"]
-    config = tiny("scenes-adapter", tmp_path, *parents(chain), *words, "precision=bf16", "muon_lr=3e-3")
+    words += ["precision=bf16", "muon_lr=3e-3"]
+    config = tiny("scenes-adapter", tmp_path, *parents(chain), *words)
     stage = build(config)
     start = {k: t.clone() for k, t in stage.trained.state_dict().items()}
     train(config, stage)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from sda_fast import scenes
+from sda_fast.files import write_manifest
 from sda_fast.hierarchy import Hierarchy
 from tests.tiny_scenes import tiny_scenes_pipeline
 from train.__main__ import build_stage
@@ -108,9 +110,59 @@ def test_positions_that_were_there_stay_bit_for_bit(old, new, chain, parts, tmp_
                 assert torch.equal(now, had)
 
 
+def test_the_average_of_a_parent_is_not_forgotten(chain, parts, tmp_path):
+    path = checkpoint(chain, "scenes-16")
+    had = read_state(path, "ema/adapter.proj_out.")["weight"]
+    config = tiny("scenes-32", tmp_path, parts, "ema_decay=0.999", "adamw_lr=1e-2", "steps=3")
+    train(config, build_stage(config, Ranks()), parent=find_parent(config, str(path)))
+    newest = checkpoint(tmp_path, "scenes-32")
+    model, ema = (
+        read_state(newest, f"{kind}/adapter.proj_out.")["weight"] for kind in ("model", "ema")
+    )
+    assert read_meta(newest)["inherited"]
+    assert 0 < (ema - had).norm() < 0.02 * (model - had).norm()
+
+
+def test_a_parent_that_has_not_finished_is_remarked(chain, parts, tmp_path):
+    from shutil import copytree
+
+    copytree(chain / "scenes-16", tmp_path / "run")
+    config = tiny("scenes-32", tmp_path, parts)
+    meta = next((tmp_path / "run/checkpoints").glob("step-*/meta.json"))
+    meta.write_text(meta.read_text().replace('"steps": 2', '"steps": 9'))
+    write_manifest(meta.parent)
+    with pytest.warns(UserWarning, match="is of step 2 of 9"):
+        assert find_parent(config, str(tmp_path / "run")) == meta.parent
+
+
+def test_torch_reads_a_checkpoint_too(chain):
+    path = checkpoint(chain, "scenes-16")
+    ours = read_state(path, "")
+    theirs = {name: torch.empty_like(t) for name, t in ours.items()}
+    dcp.load(theirs, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+    assert all(torch.equal(theirs[name], t) for name, t in ours.items())
+
+
+def test_a_run_goes_on_where_its_models_have_moved_but_not_with_others(chain, parts, tmp_path):
+    from shutil import copytree
+
+    copytree(chain / "scenes-16", tmp_path / "runs/scenes-16")
+    moved = tmp_path / "flux"
+    copytree(parts[0].partition("=")[2], moved)
+    config = tiny("scenes-16", tmp_path / "runs", parts, f"flux={moved}", "steps=3")
+    train(config, build_stage(config, Ranks()))
+    other = json.loads((moved / "transformer/config.json").read_text()) | {"note": "another"}
+    (moved / "transformer/config.json").write_text(json.dumps(other))
+    longer = override(config, ["steps=4"])
+    with pytest.raises(ValueError, match="another config: frozen"):
+        train(longer, build_stage(longer, Ranks()))
+
+
 def test_a_phase_names_the_parent_that_it_wants(parts, tmp_path, chain):
     config = tiny("scenes-32", tmp_path, parts)
-    with pytest.raises(FileNotFoundError, match=r"goes on from scenes-16: give --from RUN"):
+    with pytest.raises(
+        FileNotFoundError, match=r"this recipe goes on from scenes-16: give --from RUN"
+    ):
         find_parent(config, None)
     assert find_parent(config, "scratch") is None
     with pytest.raises(FileNotFoundError, match="nothing holds none that is whole"):
@@ -132,7 +184,7 @@ def test_a_parent_whose_checkpoint_is_torn_is_named(parts, tmp_path, chain):
     data = bytearray(state.read_bytes())
     data[-5] ^= 1
     state.write_bytes(data)
-    with pytest.raises(FileNotFoundError, match="none that is whole; .*differs"):
+    with pytest.raises(FileNotFoundError, match=r"none that is whole; .*differs"):
         find_parent(config, str(run))
     with pytest.raises(ValueError, match="differs"):
         find_parent(config, str(state.parent))

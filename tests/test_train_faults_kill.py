@@ -15,14 +15,14 @@ from tests.train_processes import (
 )
 from train.checkpoint import step_of
 
-STEPS = "steps=64"
+STEPS = "steps=48"
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """A run that nothing happens to, and that saves at its end only."""
     folder = tmp_path_factory.mktemp("unbroken")
-    return finished(folder, STEPS, "checkpoint_every=64", plants=(Loud(),))
+    return finished(folder, STEPS, "checkpoint_every=48", plants=(Loud(),))
 
 
 def whole(run_folder):
@@ -76,4 +76,4 @@ def test_a_run_killed_at_twenty_moments_ends_like_an_unbroken_one(unbroken, tmp_
     assert finished(tmp_path, STEPS, plants=(Loud(),)) == folder
     assert_equal_runs(folder, unbroken)
     assert not parts(folder)
-    assert steps_there(folder) == [63, 64]
+    assert steps_there(folder) == [47, 48]

@@ -10,6 +10,7 @@ from tests.pictures import write_pictures
 from train.__main__ import build_stage
 from train.checkpoint import newest_valid, read_state
 from train.config import override
+from train.data.source import open_source
 from train.flux import precompute_for
 from train.frozen import find_parts, weights_hash
 from train.loop import train
@@ -147,6 +148,19 @@ def test_fp8_is_near(data, tmp_path):
     )
     assert coarse != exact
     assert coarse == pytest.approx(exact, rel=0.05)
+
+
+def test_frozen_encoders_and_latents_stay_in_half_precision(data, tmp_path):
+    config = tiny(tmp_path, data, "precision=bf16")
+    stage = build(config)
+    state = State(config, stage, Ranks())
+    pixels = torch.rand(1, 3, 32, 32)
+    with state.precision():
+        assert stage.features(pixels)[0].dtype == torch.bfloat16
+        assert stage.frozen.latents(pixels).dtype == torch.bfloat16
+    precompute_for(config, tmp_path / "shards", Ranks())
+    sample = open_source(tmp_path / "shards").read(0, (32, 32))
+    assert {t.dtype for t in sample.values()} == {torch.bfloat16}
 
 
 def test_some_steps_decode_from_the_first_levels_alone(data, tmp_path):

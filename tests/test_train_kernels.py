@@ -23,7 +23,9 @@ def test_a_half_precision_step_is_that_of_the_reference(data, tmp_path, request)
     request.getfixturevalue("kernels")
     by_kernels, kernel_grads = step(data, tmp_path)
     assert by_kernels["loss"].item() == pytest.approx(losses["loss"].item(), rel=2e-2)
-    ours, theirs = (torch.cat([g.flatten() for g in some.values()]) for some in (kernel_grads, grads))
+    ours, theirs = (
+        torch.cat([grad.flatten() for grad in some.values()]) for some in (kernel_grads, grads)
+    )
     assert not torch.equal(ours, theirs)
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
     assert ours.norm().item() == pytest.approx(theirs.norm().item(), rel=0.05)

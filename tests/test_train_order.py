@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from train.data.order import Order, assign_buckets, bucket_sizes, nearest_bucket
+from train.data.order import Order, assign_buckets, bucket_sizes, fold_rare, nearest_bucket
 
 # 40 samples in three buckets of which one is smaller than a batch; 2 has none
 BUCKETS = np.random.default_rng(0).permutation([0] * 23 + [1] * 14 + [3] * 3)
@@ -120,3 +120,16 @@ def test_what_cannot_be_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_rare_buckets_are_folded_into_the_nearest_common_one():
+    buckets = bucket_sizes(512, 16)
+    wide = buckets.index((432, 608))
+    wider = buckets.index((416, 624))
+    numbers = np.array([0] * 50 + [wide] * 20 + [wider] * 3 + [wider + 1] * 2, np.int16)
+    assert buckets[wider + 1] == (624, 416)
+    folded = fold_rare(numbers, buckets, 16)
+    assert folded[50:73].tolist() == [wide] * 23
+    assert folded[73:].tolist() == [0] * 2
+    assert fold_rare(numbers, buckets, 1).tolist() == numbers.tolist()
+    assert set(fold_rare(numbers, buckets, 1000)) == {0}

@@ -25,7 +25,8 @@ PHASE3 = RECIPES["phase3-128"]()
 OURS = {
     "suite": "training", "kind": "training", "case": "training-512-b8", "variant": "ours",
     "resolution": 512, "recompute": "none", "status": "ok", "gpu": "NVIDIA H100 80GB HBM3",
-    "batch": 8, "num_txt": 128, "p50_ms": 500.0, "pictures_per_s": 16.0, "held_bytes": 30 * 2**30, "peak_bytes": 40 * 2**30,
+    "batch": 8, "num_txt": 128, "p50_ms": 500.0, "pictures_per_s": 16.0,
+    "held_bytes": 30 * 2**30, "peak_bytes": 40 * 2**30,
     "commit": "abc123", "run": "2030-01-02T03:04:05.000000Z", "flops": 8 * 33e12,
 }  # fmt: skip
 FLUX = OURS | {

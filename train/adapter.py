@@ -88,9 +88,10 @@ class AdapterStage(Generic[C]):
 
     @property
     def about(self) -> dict[str, Any]:
-        """Arguments of the adapter."""
+        """Arguments of the adapter, and which models are around it."""
         known = self.adapter_config()
-        return {"adapter": {**known, "tokens_per_node": list(known["tokens_per_node"])}}
+        known["tokens_per_node"] = list(known["tokens_per_node"])
+        return {"adapter": known, "frozen": self.frozen.about}
 
     num_pictures: float = math.inf
 

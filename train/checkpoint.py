@@ -1,14 +1,14 @@
 """Checkpoints: a new folder each, written beside the training, valid by a last rename.
 
-``checkpoints/step-NNNNNN`` holds safetensors (``torch.distributed.checkpoint`` reads and writes
-them), ``meta.json`` and ``SHA256SUMS``; until it is whole it is ``.part-step-NNNNNN``.
+``checkpoints/step-NNNNNN`` holds safetensors (which ``torch.distributed.checkpoint`` reads too),
+``meta.json`` and ``SHA256SUMS``; until it is whole it is ``.part-step-NNNNNN``.
 """
 
 import json
 import os
+import re
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Generator, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,19 +18,15 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 
 from sda_fast.files import MANIFEST, check_manifest, write_manifest, write_whole
 
-META, BEST = "meta.json", "best.json"
+META, BEST, STATE = "meta.json", "best.json", "state.safetensors"
 PART, OLD = ".part-", ".old-"
 """Before the name of a checkpoint that is not whole yet, or about to be removed."""
-
-# that a run of many ranks writes by one is meant
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavail")
 
 
 class Saver:
@@ -155,8 +151,8 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[
     try:
         with writing(target):
             part.mkdir(parents=True)
-            writer = HuggingFaceStorageWriter(str(part))
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+            # torch.distributed.checkpoint would hold the interpreter while it serialises
+            save_file(dict(tensors), part / STATE)
             (part / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
             write_manifest(part)
             for file in (*part.iterdir(), part):
@@ -255,11 +251,13 @@ def writing(target: Path) -> Generator[None, None, None]:
     """While open, what cannot be written is an OSError that names target and the reason."""
     try:
         yield
-    except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        if not isinstance(first, OSError):
-            raise OSError(f"{target} could not be written: {first!r}") from error
-        raise OSError(first.errno, f"{target} could not be written: {_reason(first)}") from error
+    except SafetensorError as error:  # it names the system's error in words alone
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise OSError(f"{target} could not be written: {error}") from error
+        number = int(found[1])
+        reason = os.strerror(number)
+        raise OSError(number, f"{target} could not be written: {reason}") from error
     except OSError as error:
         raise OSError(error.errno, f"{target} could not be written: {_reason(error)}") from error
 

@@ -17,7 +17,7 @@ from train.adapter import AdapterStage
 from train.batch import Batch
 from train.config import FluxConfig
 from train.data.loader import Loader
-from train.data.order import Order, Size, assign_buckets, bucket_sizes
+from train.data.order import Order, Size, assign_buckets, bucket_sizes, fold_rare
 from train.data.source import Source, open_source
 from train.frozen import (
     Frozen,
@@ -56,6 +56,8 @@ class FluxStage(AdapterStage[FluxConfig]):
         check_precomputed(config, source)
         self.buckets = bucket_sizes(config.resolution, FITS)
         kinds = assign_buckets(source.sizes, self.buckets)
+        if source.kind == "pictures":
+            kinds = fold_rare(kinds, self.buckets, config.batch_size)
         self.unseen = hold_out(source, kinds, self.buckets, config.eval_pictures, ranks)
         rest = np.setdiff1d(np.arange(len(source)), self.unseen.rows)
         self.source = Subset(source, rest)
@@ -65,9 +67,7 @@ class FluxStage(AdapterStage[FluxConfig]):
         self._open_layers()
         if source.kind == "precomputed":  # hashing takes seconds
             check_precomputed(config, source, models_of(self.frozen))
-        order = Order(
-            assign_buckets(self.source.sizes, self.buckets), config.batch_size, config.seed
-        )
+        order = Order(kinds[rest], config.batch_size, config.seed)
         self.loader = Loader(
             self.source, order, self.buckets, places, config.workers, ranks.device.type == "cuda"
         )
@@ -118,9 +118,9 @@ class FluxStage(AdapterStage[FluxConfig]):
 
     def features(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Of the encoders; their open layers take gradients."""
-        if not self.config.open_layers:
-            return super().features(pictures)
-        return self.frozen.encoder(pictures)
+        if self.config.open_layers:
+            return self.frozen.encoder(pictures)
+        return self.frozen.features(pictures)
 
     def save(self, folder: Path) -> None:
         """Write the adapter to folder/adapter, the layers that were opened with it."""
@@ -336,13 +336,10 @@ def precompute_for(config: FluxConfig, to: Path, ranks: Ranks) -> bool:
         find_parts(config)
     source = open_for_ranks(config, ranks)
     readers = frozen_readers(config, ranks)
-    half = config.precision == "bf16"
 
-    @torch.no_grad()
     def encode(pictures: Tensor) -> dict[str, Tensor]:
         pixels = pictures.to(ranks.device).float() / 255
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=half):
-            return {"features": readers.encoder(pixels)[0], "latents": readers.latents(pixels)}
+        return {"features": readers.features(pixels)[0], "latents": readers.latents(pixels)}
 
     layout = ShardLayout(
         buckets=bucket_sizes(config.resolution, FITS),

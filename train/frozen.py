@@ -36,6 +36,13 @@ class Readers:
     encoder: ImageEncoder
 
     @torch.no_grad()
+    def features(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Pictures [B, 3, H, W] in [0, 1] -> ([B, S, F], its grid), in the encoder's own dtype."""
+        # under autocast some norms would give float32, and all that comes behind them with it
+        with torch.autocast(pictures.device.type, enabled=False):
+            return self.encoder(pictures)
+
+    @torch.no_grad()
     def latents(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] -> what diffusion starts from, [B, C, h, w]."""
         latents = self.vae.encode((pictures * 2 - 1).to(self.vae.dtype)).latent_dist.mode()
@@ -50,11 +57,13 @@ class Frozen(Readers):
         flux: a Flux pipeline, of which the transformer, VAE and scheduler are used.
         pooled: [1, P].
         decoder: the way through flux.transformer.
+        about: which models these are; see ``describe_parts``.
     """
 
     flux: Any
     pooled: Tensor
     decoder: Decoder
+    about: dict[str, str]
 
     @property
     def patch(self) -> int:
@@ -95,7 +104,7 @@ def frozen_scenes(config: AdapterConfig, ranks: Ranks, size: int) -> Frozen:
                 f"got one for {seen}"
             )
     pooled = torch.zeros(1, flux.transformer.config.pooled_projection_dim)
-    return _placed(flux, encoder, pooled, config, ranks)
+    return _placed(flux, encoder, pooled, config, ranks, describe_parts(parts))
 
 
 def frozen_flux(config: FluxConfig, ranks: Ranks) -> Frozen:
@@ -118,7 +127,8 @@ def frozen_flux(config: FluxConfig, ranks: Ranks) -> Frozen:
         pooled = empty_prompt(flux)
     # it has said what it had to say
     flux.register_modules(text_encoder=None, tokenizer=None)
-    return _placed(flux, _load_encoder(config, folders, dtype), pooled, config, ranks)
+    encoder = _load_encoder(config, folders, dtype)
+    return _placed(flux, encoder, pooled, config, ranks, describe_parts(folders))
 
 
 def frozen_readers(config: FluxConfig, ranks: Ranks) -> Readers:
@@ -150,7 +160,7 @@ def find_parts(config: FluxConfig) -> dict[str, Path]:
     unset = [f"{name}=..." for name in PARTS if getattr(config, name) is None]
     if unset:
         raise FileNotFoundError(
-            f"{config.name} wants folders or hub ids of its frozen models: set {', '.join(unset)}"
+            f"folders or hub ids of the frozen models must be given: set {', '.join(unset)}"
         )
     found, missing = {}, []
     for name in PARTS:
@@ -160,6 +170,23 @@ def find_parts(config: FluxConfig) -> dict[str, Path]:
             missing.append(str(error))
     if missing:
         raise FileNotFoundError("; ".join(missing))
+    return found
+
+
+def describe_parts(folders: dict[str, Path]) -> dict[str, str]:
+    """Which models lie in folders, wherever these are: by configs, and names and sizes of weights.
+
+    To read all weights of FLUX would take a minute at every start.
+    """
+    found = {}
+    for name, folder in folders.items():
+        digest = hashlib.sha256()
+        for file in sorted(folder.rglob("*")):
+            if file.suffix == ".safetensors":
+                digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
+            elif file.name == "config.json":
+                digest.update(file.read_bytes())
+        found[name] = digest.hexdigest()
     return found
 
 
@@ -173,7 +200,12 @@ def weights_hash(module: Any) -> str:
 
 
 def _placed(
-    flux: Any, encoder: ImageEncoder, pooled: Tensor, config: AdapterConfig, ranks: Ranks
+    flux: Any,
+    encoder: ImageEncoder,
+    pooled: Tensor,
+    config: AdapterConfig,
+    ranks: Ranks,
+    about: dict[str, str] | None = None,
 ) -> Frozen:
     flux.set_progress_bar_config(disable=True)
     sharded = isinstance(config, FluxConfig) and config.shard_flux
@@ -182,7 +214,7 @@ def _placed(
     flux.to(ranks.device)
     decoder = decoder or build_decoder(config, flux, ranks)
     encoder, pooled = encoder.to(ranks.device), pooled.to(ranks.device)
-    return Frozen(flux.vae, encoder, flux, pooled, decoder)
+    return Frozen(flux.vae, encoder, flux, pooled, decoder, about or {})
 
 
 def require(folder: Path, name: str) -> Path:

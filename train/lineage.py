@@ -1,6 +1,7 @@
 """Where a run begins: at its own newest checkpoint, at another run's end, or anew."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ CHECKPOINTS = "checkpoints"
 MAY_CHANGE = (
     "steps", "micro_batch", "log_every", "checkpoint_every", "checkpoint_minutes", "keep",
     "eval_every", "nonfinite_limit", "timeout_s", "out_dir", "workers", "shard_flux", "recompute",
+    "flux", "clip", "dino", "data",
 )  # fmt: skip
-"""Fields that a run may go on with other values of."""
+"""Fields that a run may go on with other values of; what lies in the folders must be the same."""
 QUERIES = "adapter.qformer.queries"
 ANEW = "scratch"
 
@@ -65,6 +67,7 @@ def resume(config: TrainConfig, state: State, warn: Callable[[str], None]) -> di
     if first:
         note_best(folder, meta)
     state.load(newest)
+    state.inherited = meta["inherited"]
     return meta
 
 
@@ -137,7 +140,7 @@ def find_parent(config: AdapterConfig, path: str | None) -> Path | None:
         if config.parent is None:
             return None
         raise FileNotFoundError(
-            f"{config.name} goes on from {config.parent}: give --from RUN, as "
+            f"this recipe goes on from {config.parent}: give --from RUN, as "
             f"--from {config.out_dir / config.parent}, or --from {ANEW} to begin anew"
         )
     folder = Path(path)
@@ -152,7 +155,12 @@ def find_parent(config: AdapterConfig, path: str | None) -> Path | None:
             )
     else:
         check_checkpoint(found)
-    check_parent(config, found, read_meta(found))
+    meta = read_meta(found)
+    check_parent(config, found, meta)
+    if meta["step"] < meta["config"]["steps"]:
+        warnings.warn(
+            f"--from {found} is of step {meta['step']} of {meta['config']['steps']}", stacklevel=2
+        )
     return found
 
 
@@ -218,6 +226,7 @@ def begin(state: State, path: Path, seed: int) -> None:
             memory[name] = t.new_zeros(tree.num_tokens, *t.shape[1:])
             memory[name][kept] = t
     state.take_over(grown[0], grown[1], memory)
+    state.inherited = True
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -114,5 +114,6 @@ def describe_state(state: State, progress: Progress) -> dict[str, Any]:
         "skipped": progress.skipped,
         "in_row": progress.in_row,
         "best": progress.best,
+        "inherited": state.inherited,
         "world_size": state.ranks.world,
     }

@@ -30,6 +30,7 @@ class State:
         model: ``stage.trained``.
         ema: its moving average.
         optimizers: by name.
+        inherited: the average is that of another run, which this one goes on from.
     """
 
     def __init__(self, config: TrainConfig, stage: Stage, ranks: Ranks) -> None:
@@ -37,6 +38,7 @@ class State:
         self.model = stage.trained.train()
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizers = build_optimizers(self.model, config)
+        self.inherited = False
         # made by start: DDP takes parameters as they are then
         self._whole: nn.Module = _Losses(stage)
 
@@ -95,7 +97,9 @@ class State:
         """Take the step that the gradients ask for, and average."""
         for optimizer in self.optimizers.values():
             optimizer.step()
-        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        # one that was taken over stands for many steps already
+        warm = 1.0 if self.inherited else (1 + step) / (10 + step)
+        decay = min(self.config.ema_decay, warm)
         with torch.no_grad():
             averages, values = (list(m.parameters()) for m in (self.ema, self.model))
             torch._foreach_lerp_(averages, values, 1 - decay)  # pyrefly: ignore

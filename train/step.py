@@ -8,6 +8,9 @@ import torch
 from train.batch import Batch, seed_of
 from train.state import State
 
+GLOBAL = 1
+"""Sets seeds of the global generator apart from those of pictures."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -55,7 +58,7 @@ def take_step(
     """
     config, ranks = state.config, state.ranks
     # what draws from the global generator draws the same when the step is taken again
-    torch.manual_seed(seed_of(config.seed, step, ranks.rank))
+    torch.manual_seed(seed_of(config.seed, step, ranks.rank, GLOBAL))
     losses, norm = state.backward(batches)
     numbers = torch.stack([*losses.values(), norm]).double()
     told = torch.tensor(astuple(notices()), dtype=torch.float64, device=ranks.device)

@@ -72,6 +72,26 @@ def assign_buckets(sizes: ArrayLike, buckets: Sequence[Size]) -> NDArray[np.int1
     return numbers
 
 
+def fold_rare(numbers: NDArray[np.int16], buckets: Sequence[Size], least: int) -> NDArray[np.int16]:
+    """Give the pictures of rare buckets to the nearest common one, in the logarithm of the aspect.
+
+    A batch is of one bucket: a rare one would be filled up with few pictures again and again.
+
+    Args:
+        numbers: [n] bucket of each picture.
+        buckets: (height, width) of each.
+        least: pictures of a bucket that is not rare; where all are, the commonest stays.
+
+    Returns:
+        [n] numbers of buckets.
+    """
+    counts = np.bincount(numbers, minlength=len(buckets))
+    common = np.flatnonzero(counts >= min(least, counts.max()))
+    shapes = np.log([height / width for height, width in buckets])
+    nearest = common[np.abs(shapes[:, None] - shapes[common]).argmin(1)]
+    return nearest.astype(numbers.dtype)[numbers]
+
+
 def nearest_bucket(height: int, width: int, buckets: Sequence[Size]) -> int:
     """The bucket of one picture, as ``assign_buckets`` finds it."""
     return int(assign_buckets([[height, width]], buckets)[0])
