@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction as interpreted
 
 from . import interpreter
+from .interpreter import quick
 from .interpreter.sanitizer import sanitized
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")
@@ -322,6 +323,52 @@ def test_an_attention_kernel_with_bounds_from_a_table(dtype):
     exact = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], mask)[0]
     steps = 2.0 ** (-8 if dtype == torch.bfloat16 else -11)
     assert ((out - exact).abs() <= 2 * steps * v.abs().max()).all()
+
+
+@interpreted
+def _next(x):
+    return x + 1
+
+
+@interpreted
+def _count_kernel(x, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    value = tl.load(x + at)
+    for _ in range(5):
+        value = _next(value)
+    tl.store(x + at, value)
+
+
+def test_nothing_is_done_in_vain_and_the_language_comes_back(monkeypatch):
+    quick.install()
+    patched, added = [], []
+    patch_lang = quick.upstream_patch_lang
+    monkeypatch.setattr(
+        quick, "upstream_patch_lang", lambda fn: patched.append(fn.__name__) or patch_lang(fn)
+    )
+    builder = type(triton.runtime.interpreter.interpreter_builder)
+    add = builder.create_add
+    monkeypatch.setattr(builder, "create_add", lambda *args: added.append(args) or add(*args))
+    load = tl.load
+    x = torch.tensor([0, 7, 2**31 - 3, -(2**31)], dtype=torch.int32)
+    for launches in (1, 2):
+        before = x.clone()
+        _count_kernel[(1,)](x, BLOCK=4)
+        assert torch.equal(x, before + 5)  # round the end, too
+        assert patched == ["_count_kernel"] * launches
+        assert len(added) == 5 * launches
+        assert tl.load is load
+
+
+def test_dtypes_are_those_of_upstream():
+    quick.install()
+    every = {t for t in vars(tl).values() if type(t) is tl.dtype}
+    scalars = [t for t in every if t.name != "void"]
+    assert {tl.int1, tl.bfloat16, tl.float8e5, tl.uint64} < every
+    kinds = [t for s in scalars for t in (s, tl.pointer_type(s))]
+    for t in (*kinds, *(tl.block_type(t, [4, 2]) for t in kinds)):
+        for _ in range(2):
+            assert triton.runtime.interpreter._get_np_dtype(t) == quick.upstream_np_dtype(t), t
 
 
 def test_install_is_idempotent_and_importing_needs_no_triton():

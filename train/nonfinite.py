@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from sda_fast.files import write_whole
-from train.batch import Batch, micro_batches, seed_of
+from train.batch import Batch, micro_batches
 from train.checkpoint import PART, check_checkpoint, checkpoints_of, write_checkpoint
 from train.config import restore
 from train.ranks import Ranks
 from train.stage import Stage
 from train.state import State
+from train.step import seed_step
 
 FOLDER = "nonfinite"
 KEPT_STATES = 2
@@ -81,7 +82,7 @@ def replay(path: Path, build: Callable[[Any, Ranks], Stage], ranks: Ranks) -> li
     state.load(path.parent / about["state"])
     found = []
     for rank in range(about["world_size"]):
-        torch.manual_seed(seed_of(config.seed, about["step"], rank))  # as take_step does
+        seed_step(config.seed, about["step"], rank)
         places = micro_batches(config.batch_size, about["micro_batch"], rank, about["world_size"])
         for batch in stage.batches_of(about["step"], places):
             losses, norm = state.backward([batch])

@@ -45,6 +45,11 @@ class Notices:
     drawn: int = 0
 
 
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """What draws from the global generator draws the same when a rank takes a step again."""
+    torch.manual_seed(seed_of(seed, step, rank, GLOBAL))
+
+
 def take_step(
     state: State, step: int, batches: list[Batch], notices: Callable[[], Notices]
 ) -> Outcome:
@@ -57,8 +62,7 @@ def take_step(
         notices: of this rank; asked for once the gradients are there.
     """
     config, ranks = state.config, state.ranks
-    # what draws from the global generator draws the same when the step is taken again
-    torch.manual_seed(seed_of(config.seed, step, ranks.rank, GLOBAL))
+    seed_step(config.seed, step, ranks.rank)
     losses, norm = state.backward(batches)
     numbers = torch.stack([*losses.values(), norm]).double()
     told = torch.tensor(astuple(notices()), dtype=torch.float64, device=ranks.device)
