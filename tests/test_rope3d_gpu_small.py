@@ -64,7 +64,9 @@ def test_one_wrong_result_is_noticed(module, launch, place, message, monkeypatch
         on_gpu.assert_right(TINY, CPU)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "parts"), zip(DTYPES, (1, 3, 3), strict=True), indirect=["parts"]
+)
 def test_keys_that_a_sample_does_not_have(dtype, parts):
     case = replace(TINY, batch=4, dtype=dtype)
     on_gpu.assert_padding_is_as_if_not_there(case, (16, 0, 1, 7), CPU)
@@ -98,7 +100,7 @@ def test_a_replay_that_goes_by_old_inputs_is_noticed(backward):
         on_gpu.assert_follows_its_inputs(frozen, TINY, backward, CPU)
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(("place", "parts"), [(0, 3), (1, 1), (2, 3)], indirect=["parts"])
 def test_tensors_in_one_wide_buffer(place, parts):
     on_gpu.assert_far_is_near(TINY, CPU, place, 1 << 14)
 
