@@ -34,21 +34,25 @@ QUERIES = "adapter.qformer.queries"
 ANEW = "scratch"
 
 
-def resume(config: TrainConfig, state: State, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """Go on from the newest whole checkpoint of the run itself.
+def resume(
+    config: TrainConfig, state: State, parent: Path | None, warn: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Go on from the newest whole checkpoint of the run itself, or begin with its parent's.
 
     Args:
         config: of the run.
         state: changed in place.
+        parent: a checkpoint of ``find_parent``, for a run without one of its own; or None.
         warn: is told of checkpoints that are not whole.
 
     Returns:
-        What the checkpoint says of itself, or None if there is none.
+        What the run's own checkpoint says of itself, or None if there is none.
 
     Raises:
         OSError: a rank cannot read what the first one found.
         ValueError: the run's folder was made by another config, stage or hierarchy, or is past
-            config.steps, the differences are listed; or none of its checkpoints is whole.
+            config.steps, the differences are listed; or none of its checkpoints is whole; or see
+            begin.
     """
     folder, first = config.folder / CHECKPOINTS, state.ranks.first
     # all ranks go on from what the first one finds
@@ -59,6 +63,8 @@ def resume(config: TrainConfig, state: State, warn: Callable[[str], None]) -> di
             f"remove {config.folder} to begin anew"
         )
     if newest is None:
+        if parent is not None:
+            begin(state, parent, config.seed)
         return None
     if not first:
         _check_seen(newest, state.ranks.rank)

@@ -25,6 +25,7 @@ class Progress:
         skipped: steps that were not taken for want of finite numbers.
         in_row: of these, the last ones in a row.
         best: "step" and "loss" of the best evaluation.
+        judged: the step of the last evaluation.
         pictures: what this rank has drawn since it started, and could not read.
     """
 
@@ -32,13 +33,14 @@ class Progress:
     skipped: int = 0
     in_row: int = 0
     best: dict[str, float] | None = None
+    judged: int = 0
     pictures: BrokenCount = field(default_factory=lambda: BrokenCount(0))
     _better: bool = False
 
     @classmethod
     def of(cls, meta: Mapping[str, Any] | None, stage: Stage) -> "Progress":
         """As a checkpoint has it; the beginning, if there is none."""
-        names = ("step", "skipped", "in_row", "best")
+        names = ("step", "skipped", "in_row", "best", "judged")
         had: dict[str, Any] = {name: meta[name] for name in names} if meta else {}
         return cls(**had, pictures=BrokenCount(stage.num_pictures))
 
@@ -55,9 +57,13 @@ class Progress:
         self.skipped += not outcome.finite
         self.in_row = 0 if outcome.finite else self.in_row + 1
 
-    def judge(self, step: int, found: Mapping[str, float]) -> None:
+    def owes(self, config: TrainConfig) -> bool:
+        """Whether an evaluation is due: one that a signal left out is made up for later."""
+        return self.step > self.judged and self.step % config.eval_every == 0
+
+    def judge(self, found: Mapping[str, float]) -> None:
         """Compare an evaluation with the best so far."""
-        loss = found["loss"]
+        step, loss, self.judged = self.step, found["loss"], self.step
         if math.isfinite(loss) and (self.best is None or loss < self.best["loss"]):
             self.best, self._better = {"step": step, "loss": loss}, True
 
@@ -114,6 +120,7 @@ def describe_state(state: State, progress: Progress) -> dict[str, Any]:
         "skipped": progress.skipped,
         "in_row": progress.in_row,
         "best": progress.best,
+        "judged": progress.judged,
         "inherited": state.inherited,
         "world_size": state.ranks.world,
     }
