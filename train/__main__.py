@@ -20,9 +20,9 @@ from train.stage import Stage
 HELP = """Run a recipe; started again, it resumes from its newest checkpoint.
 
 Exit codes: 0 finished, 1 something it needs is missing or broken, 2 bad usage, 75 told to end by
-SIGTERM or SIGUSR1 and saved: the same command line goes on. torchrun hands SIGTERM on to its ranks
-(SIGUSR1 too, if --signals-to-handle names it), kills them after --shutdown-timeout, 30 s unless
-set, and itself ends with 1.
+SIGTERM or SIGUSR1 and saved: the same command line goes on; 130 interrupted. torchrun hands SIGTERM
+on to its ranks (SIGUSR1 too, if --signals-to-handle names it), kills them after --shutdown-timeout,
+30 s unless set, and itself ends with 1.
 """
 RecipeName = Annotated[str, typer.Argument(help="A name of python -m train --list.")]
 Assignments = Annotated[
@@ -70,6 +70,8 @@ def run(
             _end(AGAIN)
         except FAULTS as error:
             _fail(f"{name}: {error}", 1)
+        except KeyboardInterrupt:
+            _end(130)
         except Exception:
             traceback.print_exc()
             _end(1)
