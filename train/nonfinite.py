@@ -47,7 +47,10 @@ def note_step(
     if in_row == 1:
         for old in (*checkpoints_of(folder)[: 1 - KEPT_STATES or None], *folder.glob(f"{PART}*")):
             shutil.rmtree(old)
-        tensors = {name: t.detach().cpu() for name, t in state.tensors().items()}
+        tensors = {
+            name: t.detach().to("cpu", copy=True).contiguous()
+            for name, t in state.tensors().items()
+        }
         write_checkpoint(folder, tensors, {**meta, "step": first})
     about = {
         "step": step,
