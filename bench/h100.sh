@@ -56,7 +56,7 @@ for suite in "$@"; do
     attention) anywhere+=" $joint" on_gpu+=" $joint_gpu" ;;
     qformer | encode) anywhere+=" $rope3d" on_gpu+=" $rope3d_gpu" ;;
     flux | flux-train) anywhere+=" $flux" on_gpu+=" $flux_gpu" ;;
-    training) anywhere+=" $flux $rope3d" on_gpu+=" $flux_gpu $rope3d_gpu" ;;
+    training) anywhere+=" $flux $rope3d" on_gpu+=" $flux_gpu $rope3d_gpu test_train_gpu" ;;
     tune) anywhere+=" $joint $rope3d" on_gpu+=" $joint_gpu $rope3d_gpu" ;;
   esac
 done
