@@ -13,6 +13,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 import sda_fast
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.fast_flux import FastFlux
+from sda_fast.hierarchy import Hierarchy
 
 from .attached_flux import FLUX_TOLERANCE, TREE, make_inputs, make_transformer, run
 from .tiny_flux import WIDTH, tiny_flux_pipeline
@@ -185,8 +186,21 @@ def test_velocity_refuses(transformer):
             quick.velocity(*args, emb, **{"grid": (4, 6), **change})
     with pytest.raises(ValueError, match="emb must have a pooled vector"):
         quick.velocity(*args, SemanticEmbedding(emb.tokens, TREE), grid=(4, 6))
-    with pytest.raises(ValueError, match="emb must have the hierarchy"):
-        quick.velocity(*args, emb.truncate(levels=2), grid=(4, 6))
+    flat = SemanticEmbedding(emb.tokens, Hierarchy((TREE.num_tokens,)), emb.pooled)
+    with pytest.raises(ValueError, match=r"emb must have the hierarchy .* or its first levels"):
+        quick.velocity(*args, flat, grid=(4, 6))
+
+
+def test_velocity_of_the_first_levels_is_that_of_their_own_hierarchy(transformer):
+    inputs = make_inputs()
+    emb = SemanticEmbedding(inputs["encoder_hidden_states"], TREE, inputs["pooled_projections"])
+    first = emb.truncate(levels=2)
+    args = inputs["hidden_states"], inputs["timestep"], first
+    of_all, of_these = (
+        FastFlux(transformer, tree, "isolated").velocity(*args, grid=(4, 6))
+        for tree in (TREE, first.tree)
+    )
+    assert torch.equal(of_all, of_these)
 
 
 class Custom(FluxAttnProcessor):

@@ -175,22 +175,24 @@ def test_far_places_are_turned_as_the_reference_turns_them(far, way, device):
     assert (out.double() - exact).abs().max() < 8 * far * 2**-24
 
 
-def test_places_of_each_sample_and_strided_inputs(way, device):
+@ways("gradient", ("whole-small", "expanded"), ("split-small", "strided"))
+def test_places_of_each_sample_and_strided_inputs(gradient, way, device):
     _, _, (_, k_coords) = draw(device)
     q_coords = (torch.rand(2, TREE.num_tokens, 3) * 64).to(device)
     q = torch.randn(TREE.num_tokens, 2, 16).to(device, torch.bfloat16).expand(2, -1, -1, -1)
     k, v = torch.randn(2, 35, 2, 2, 24).to(device, torch.bfloat16)[..., 4:20].unbind(2)
-    d_out = torch.randn(2, 2, TREE.num_tokens, 20).to(device, torch.bfloat16)
-    assert_good((q, k, v), d_out.transpose(1, 2)[..., 4:], (q_coords, k_coords))
-    expanded = torch.randn(1).to(device, torch.bfloat16).expand(2, TREE.num_tokens, 2, 16)
-    assert_good((q, k, v), expanded, (q_coords, k_coords))
+    if gradient == "expanded":
+        d_out = torch.randn(1).to(device, torch.bfloat16).expand(2, TREE.num_tokens, 2, 16)
+    else:
+        d_out = torch.randn(2, 2, TREE.num_tokens, 20).to(device, torch.bfloat16)
+        d_out = d_out.transpose(1, 2)[..., 4:]
+    assert_good((q, k, v), d_out, (q_coords, k_coords))
 
 
 @ways(
     "lengths dtype",
     ("whole-small", (35, 17), torch.bfloat16),
     ("split-small", (35, 17), torch.float32),
-    ("whole-small", (0, 16), torch.float32),
     ("split-small", (0, 16), torch.bfloat16),
 )
 def test_padding_never_leaks(lengths, dtype, way, device):
@@ -241,18 +243,17 @@ def test_turned_back_before_it_is_plain_attention(way, device):
     torch.testing.assert_close(out, ops.rope3d_attention(q, k, v, None, None), rtol=0, atol=2e-5)
 
 
-def test_a_sample_alone_equals_itself_in_a_batch(way, device):
+@ways("normed", ("whole-small", False), ("split-small", True))
+def test_a_sample_alone_equals_itself_in_a_batch_and_again(normed, way, device):
     qkv, d_out, coords = draw(device, dtype=torch.bfloat16)
+    norms = weights(16, torch.bfloat16, device) if normed else []
     op = bind(ops.rope3d_attention, coords)
-    alone, together = (
-        run_attention(op, [t[1:] for t in qkv], d_out[1:]),
-        run_attention(op, qkv, d_out),
-    )
-    for a, b in zip(alone[:5], together[:5], strict=True):
-        assert torch.equal(a, b[1:])
-    qkv += weights(16, torch.bfloat16, device)
-    for a, b in zip(run_attention(op, qkv, d_out), run_attention(op, qkv, d_out), strict=True):
+    together, again = (run_attention(op, [*qkv, *norms], d_out) for _ in range(2))
+    for a, b in zip(together, again, strict=True):
         assert torch.equal(a, b)
+    alone = run_attention(op, [*(t[1:] for t in qkv), *norms], d_out[1:])
+    for a, b in zip(alone[:5], together[:5], strict=True):  # all samples add to those of norms
+        assert torch.equal(a, b[1:])
 
 
 def test_storage_that_ends_in_nan(way, device):
@@ -321,7 +322,12 @@ def test_compiles_whole_for_other_sizes_and_recomputes_in_a_checkpoint(device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sanitizer watches the interpreter")
-@pytest.mark.parametrize(("lengths", "normed"), [(None, False), ((35, 16), False), (None, True)])
+@ways(
+    "lengths normed",
+    ("whole-small", None, False),
+    ("split-small", (35, 16), False),
+    ("split-small", None, True),
+)
 def test_no_stray_access_no_race_and_no_atomic(lengths, normed, way, device):
     qkv, d_out, coords = draw(device, dtype=torch.bfloat16)
     qkv += weights(16, torch.bfloat16) if normed else []

@@ -8,7 +8,9 @@ import socket
 import sys
 import time
 import traceback
+from functools import cache
 from hashlib import sha256
+from multiprocessing import forkserver
 from pathlib import Path
 
 # what a run imports on its way, so that a fork finds it done
@@ -22,9 +24,16 @@ from train.checkpoint import newest_valid, read_meta, read_state, step_of
 from train.report import read_log
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__, "tests.train_plants"])
+PRELOAD = [__name__, "tests.train_plants"]
 PATIENCE_S = 120
 """After which a process that should have ended is given up."""
+
+
+@cache
+def serve():
+    """Let the one fork server of this process be ours; what others preload is of no use here."""
+    forkserver._forkserver._stop()
+    CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 class Run:
@@ -39,6 +48,7 @@ class Run:
     """
 
     def __init__(self, folder, *settings, world=1, plants=(), arguments=None):
+        serve()
         self.folder = Path(folder)
         self.run_folder = self.folder / "scenes-dino"
         if arguments is None:
