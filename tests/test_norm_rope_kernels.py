@@ -75,12 +75,12 @@ def test_other_heads_are_as_good_as_the_reference(heads, head_dim, dtype, device
     indirect=["lengths"],
 )  # fmt: skip
 def test_slices_of_wider_projections(values, dtype, lengths, device):
-    """NaN before and after them, up to the end of the storage, and rows of an odd length."""
+    """NaN before and after them, up to the end of the storage, and rows of lengths of their own."""
     case = draw(lengths, dtype=dtype, device=device)
     streams = []
-    for s in case.streams:
-        wide = torch.full((2, s.shape[1] + 1, s.shape[2] + 13), float("nan"), dtype=dtype)
-        wide = wide.to(device)[:, 1:, 5:-8]
+    for i, s in enumerate(case.streams):
+        wide = torch.full((2, s.shape[1] + 1, s.shape[2] + 13 + i), float("nan"), dtype=dtype)
+        wide = wide.to(device)[:, 1:, 5 : -8 - i]
         streams.append(wide.copy_(s))
         assert not wide.is_contiguous()
     found = run(ops.norm_rope, case._replace(streams=streams), values)

@@ -186,6 +186,7 @@ def test_places_of_each_sample_and_strided_inputs(gradient, way, device):
     else:
         d_out = torch.randn(2, 2, TREE.num_tokens, 20).to(device, torch.bfloat16)
         d_out = d_out.transpose(1, 2)[..., 4:]
+        k_coords = (torch.rand(2, 35, 3) * 64).to(device)
     assert_good((q, k, v), d_out, (q_coords, k_coords))
 
 
