@@ -6,6 +6,7 @@ moved elsewhere are not, and Python runs at the recording alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ class Tape:
 
     def __init__(self, function, inputs: Sequence[Tensor]) -> None:
         self.inputs = [t.clone() for t in inputs]
-        self.operators = make_fx(lambda *tensors: function(*tensors))(*self.inputs)
+        # each value's fake mode would take down the stack, which is half of the time
+        with patch("torch._subclasses.fake_tensor.traceback.extract_stack", list):
+            self.operators = make_fx(lambda *tensors: function(*tensors))(*self.inputs)
         for name, t in [
             *self.operators.named_parameters(),
             *self.operators.named_buffers(),

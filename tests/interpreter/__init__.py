@@ -6,7 +6,8 @@ def install():
 
     Triton is imported here and not above, so that TRITON_INTERPRET can still be set before it.
     """
-    from . import bf16, numpy24
+    from . import bf16, numpy24, quick
 
     numpy24.install()
     bf16.install()
+    quick.install()
