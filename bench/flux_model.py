@@ -16,12 +16,13 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.flux_cases import FluxCase
 from bench.measure import quantiles, take_turns
 from sda_fast.fast_flux import FastFlux
 from sda_fast.hierarchy import Hierarchy
+from sda_fast.shapes import random_weights
 
 BACKENDS = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3")
 """Of diffusers, for attention without a mask: exact ones that download nothing."""
@@ -45,19 +46,11 @@ def random_transformer(
     """
     with torch.device("meta"):
         transformer: Any = FluxTransformer2DModel(**config)
-    # diffusers warns at its own of what FLUX has none of
-    transformer = nn.Module.to(transformer, dtype).to_empty(device=device)
-    transformer.eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(seed)
+    random_weights(transformer, dtype, device, seed)
     with torch.no_grad():
         for name, p in transformer.named_parameters():
-            if p.ndim == 2:
-                p.normal_(0, p.shape[1] ** -0.5, generator=generator)
-            elif name.endswith("bias"):
-                p.normal_(0, 0.02, generator=generator)
-            else:
-                mean = TEXT_KEYS if "norm_added_k" in name else 1.0
-                p.normal_(mean, 0.1, generator=generator)
+            if "norm_added_k" in name:
+                p.add_(TEXT_KEYS - 1)
     return transformer
 
 

@@ -7,7 +7,6 @@ way. It tells what the frozen decoder could rebuild, at hundreds of times the co
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sda_fast.embedding import SemanticEmbedding
+from sda_fast.flux_latents import latents_of, pack
 from sda_fast.pipeline import SemanticPipeline
 
 LEARNING_RATE = 0.3
@@ -55,7 +55,7 @@ def invert(
             f"pictures must be [{len(start)}, 3, H, W] and steps at least 1, "
             f"got {list(pictures.shape)} and {steps}"
         )
-    x0 = _pack(pipe.flux, pictures).repeat_interleave(DRAWS, dim=0)
+    x0 = pack(latents_of(pipe.flux.vae, pictures)).repeat_interleave(DRAWS, dim=0)
     velocity = _decoder(pipe, start, *pictures.shape[2:])
     tokens = start.tokens.detach().clone().requires_grad_()
     rate = LEARNING_RATE * start.tokens.square().mean().sqrt().item()
@@ -103,15 +103,6 @@ def _decoder(
             )[0]
 
     return velocity
-
-
-def _pack(flux: Any, pictures: Tensor) -> Tensor:
-    """[B, 3, H, W] in [0, 1] -> packed latents [B, S_img, C]."""
-    vae = flux.vae
-    with torch.no_grad():
-        latents = vae.encode(pictures * 2 - 1).latent_dist.mode()
-    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    return flux._pack_latents(latents, *latents.shape)
 
 
 def _times(batch: int, seq_len: int, generator: torch.Generator) -> Tensor:

@@ -4,7 +4,6 @@ Every picture is parsed back into a scene and compared with the scene it should 
 parser's own ceiling is measured too, on the same scenes.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
@@ -16,7 +15,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.inversion import invert
 from bench.records import Record, append_record, commit, versions
@@ -32,6 +31,7 @@ from sda_fast.scenes.parser import parse
 from sda_fast.scenes.render import render
 from sda_fast.scenes.score import Sums, psnr, row, score
 from sda_fast.scenes.world import FULL, SMALL, Scene, World, sample_scenes
+from sda_fast.weights import digest
 
 SCENE_SEED = 20_000
 """Of the scenes. Training draws from another split, so it has seen none of them."""
@@ -46,6 +46,8 @@ BASELINE = Path(__file__).parent / "baselines" / "scenes-flat"
 """The flat baseline of the shipped model."""
 RESAMPLES = 1000
 """Of the bootstrap."""
+DIGITS = 12
+"""Of a digest of weights, in records."""
 
 Draw = Callable[[slice, list[int]], Tensor]
 """(rows of the case, one noise seed a row) -> pictures [rows, 3, H, W]."""
@@ -128,7 +130,7 @@ class Suite:
         yield Case("parser_clean", scenes, lambda rows, _: pictures[rows], 1)
         yield Case("parser_noise", scenes, noisy, self.seeds)
         text = self.read_captions(scenes)
-        reader = digest(self.pipe.flux.text_encoder_2)
+        reader = digest(self.pipe.flux.text_encoder_2)[:DIGITS]
         yield Case("caption", scenes, self.draw_text(text), self.seeds, reader)
         yield self.rebuilt("reconstruction", scenes, adapter)
         if self.flat is not None:
@@ -147,7 +149,7 @@ class Suite:
         pictures = render(scenes, self.world.size)
         emb = SemanticEmbedding.cat([adapter.encode(part) for part in pictures.split(BATCH)])
         encoder = adapter.encoder
-        reader = digest(adapter, *(() if encoder is None else (encoder,)))
+        reader = digest(adapter, *(() if encoder is None else (encoder,)))[:DIGITS]
         return Case(variant, scenes, self.draw_embedding(emb), self.seeds, reader)
 
     def draw_embedding(self, emb: SemanticEmbedding) -> Draw:
@@ -255,16 +257,6 @@ def bootstrap(sums: Tensor, fidelity: Tensor) -> dict[str, dict[str, float]]:
     return found
 
 
-def digest(*modules: nn.Module) -> str:
-    """Twelve hex digits of the sha256 over the modules' weights, by name and value."""
-    sha = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()[:12]
-
-
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -274,7 +266,7 @@ def run(suite: Suite, out: Path) -> list[Record]:
     # asked once: the results file itself may be tracked
     about = {"versions": versions(), "commit": commit()}
     about["run"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    about["decoder"] = digest(suite.pipe.flux.transformer)
+    about["decoder"] = digest(suite.pipe.flux.transformer)[:DIGITS]
     suite.pipe.flux.set_progress_bar_config(disable=True)
     records = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from bench.check import Places
 from bench.flux_model import Frozen, Shelf
 from bench.training_cases import TrainingCase
 from sda_fast.coords import patch_coords
+from sda_fast.flux_latents import latents_of, pack
 
 EMA_DECAY = 0.999
 SEED = 1
@@ -49,13 +49,9 @@ class Models:
         """D of the adapter's attention."""
         return self.adapter.config.width // self.adapter.config.num_heads
 
-    @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [0, 1] -> packed latents [B, S_img, 4 C], as a pipeline packs."""
-        config = self.vae.config
-        found = self.vae.encode(pixels.to(self.vae.dtype) * 2 - 1).latent_dist.mode()
-        found = (found - config.shift_factor) * config.scaling_factor
-        return rearrange(found, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+        """Pixels [B, 3, H, W] in [0, 1] -> packed latents [B, S_img, 4 C]."""
+        return pack(latents_of(self.vae, pixels))
 
     def places(self, picture: tuple[int, int]) -> Places:
         """Coordinates of positions and patches for pictures of so many rows and columns."""

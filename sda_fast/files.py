@@ -61,6 +61,15 @@ def moved_in_when_whole(
             os.replace(file, folder / file.name)
 
 
+def sync(path: Path) -> None:
+    """Wait until the disk has a file or folder: a rename is no good if a power cut empties it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_manifest(root: Path) -> None:
     """Write the sha256 of every file below root to ``SHA256SUMS`` there."""
     files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())

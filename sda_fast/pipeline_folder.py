@@ -224,7 +224,7 @@ def load_flux(path: Folder, dtype: torch.dtype, options: dict[str, Any]) -> Flux
         OSError: the folder is not there, or the hub is out of reach.
         ValueError: it is no Flux pipeline, or its weights are pickled, torn, foreign or incomplete.
     """
-    folder = _flux_folder(path, options)
+    folder = flux_folder(path, options)
     index = _read_index(folder)
     check_parts(folder, index, options)
     given = set(options)
@@ -251,8 +251,16 @@ def load_flux(path: Folder, dtype: torch.dtype, options: dict[str, Any]) -> Flux
     return flux
 
 
-def _flux_folder(path: Folder, options: dict[str, Any]) -> Path:
-    """The folder itself, or where the hub's client put the components of a hub id."""
+def flux_folder(path: Folder, options: dict[str, Any]) -> Path:
+    """The folder itself, or where the hub's client put the components of a hub id.
+
+    Args:
+        path: folder or hub id.
+        options: of ``load_flux``; components that are None are not fetched.
+
+    Raises:
+        OSError: the folder is not there, or the hub is out of reach.
+    """
     if not _is_hub_id(path):
         return require_folder(path, "flux")
     try:

@@ -1,6 +1,12 @@
-"""Shapes of the models that this was made for, as their authors published them; no weights."""
+"""Shapes of the models that this was made for, as their authors published them, and random weights.
+
+With random weights memory and speed are those of the real models; pictures are noise.
+"""
 
 from typing import Any
+
+import torch
+from torch import nn
 
 FLUX_DEV: dict[str, Any] = {
     "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38,
@@ -25,3 +31,33 @@ DINOV2_VIT_L: dict[str, Any] = {
     "image_size": 518, "mlp_ratio": 4,
 }  # fmt: skip
 """Of a Dinov2Model. Source: config.json of facebook/dinov2-large."""
+
+
+def random_weights(model: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
+    """Fill a model where it is to be, and freeze it: no weight is zero, the same at every call.
+
+    Products keep the size of what goes through them, at any depth; norms scale by about 1.
+
+    Args:
+        model: a module, on the meta device or any other.
+        dtype: of its weights.
+        device: where they are made.
+        seed: of them.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    # diffusers warns at its own ``to`` of what a model has none of
+    model = nn.Module.to(model, dtype)
+    on_meta = any(p.is_meta for p in model.parameters())
+    model = model.to_empty(device=device) if on_meta else nn.Module.to(model, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.normal_(0, p[0].numel() ** -0.5, generator=generator)
+            elif name.endswith("bias"):
+                p.normal_(0, 0.02, generator=generator)
+            else:
+                p.normal_(1, 0.1, generator=generator)
+    return model.eval().requires_grad_(False)

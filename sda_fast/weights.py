@@ -1,5 +1,6 @@
 """Where weights come from: folders and hub ids, safetensors only, checked before they are used."""
 
+import hashlib
 import json
 from collections.abc import Collection
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import nn
 
 from sda_fast.files import write_whole
 
@@ -154,3 +156,13 @@ def write_safetensors(path: str | PathLike[str], tensors: dict[str, torch.Tensor
     if file.suffix != ".safetensors":
         raise ValueError(f"weights must be .safetensors (no pickle is written), got {file}")
     write_whole(file, save({name: t.detach().contiguous() for name, t in tensors.items()}))
+
+
+def digest(*modules: nn.Module) -> str:
+    """sha256 over the modules' weights, by name and value, in hex."""
+    sha = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()

@@ -8,12 +8,12 @@ import torch
 from csrc_triton.tiles import ROPE3D_KERNELS, Tile, forced
 from sda_fast import qformer, reference
 from sda_fast.adapter import SemanticAdapter
+from sda_fast.flux_latents import latents_of, pack
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.losses import cosine_penalty, flow_matching_loss, sample_t
 from sda_fast.scenes.render import render
 from sda_fast.scenes.world import SMALL, sample_scenes
-from train import scenes_text
-from train.scenes_text import Velocity, pack
+from train.decoders import StockVelocity
 
 from .tiny_scenes import POOLED, SIZE, tiny_scenes_pipeline
 
@@ -72,7 +72,7 @@ def losses_of(pipe, adapter, steps):
     pictures = render(sample_scenes(SMALL, "train", 0, 2), SIZE)
     with torch.no_grad():
         features, grid = pipe.adapter.encoder(pictures)
-    x0 = pack(pipe.flux, pictures)
+    x0 = pack(latents_of(pipe.flux.vae, pictures))
     mask = Hierarchy(adapter.tree.tokens_per_node).attention_mask(8, 8)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
     found = []
@@ -81,7 +81,8 @@ def losses_of(pipe, adapter, steps):
         t = sample_t(len(x0), x0.shape[1], generator)
         noise = torch.randn(x0.shape, generator=generator)
         tokens = adapter(features, grid)
-        velocity = Velocity(pipe.flux, tokens, SIZE, mask)
+        pooled = torch.zeros(len(tokens), POOLED)
+        velocity = StockVelocity(pipe.flux, tokens, pooled, (8, 8), joint={"attention_mask": mask})
         loss = flow_matching_loss(velocity, x0, t, noise) + 0.01 * cosine_penalty(tokens)
         optimizer.zero_grad()
         loss.backward()
@@ -91,7 +92,6 @@ def losses_of(pipe, adapter, steps):
 
 
 def test_eight_steps_on_scenes_give_the_same_loss_curve(kernels, monkeypatch):
-    monkeypatch.setattr(scenes_text, "POOLED", POOLED)  # the tiny decoder's
     pipe = tiny_scenes_pipeline(tokens_per_node=(3, 1))
     start = pipe.adapter.train()
     ours = losses_of(pipe, copy.deepcopy(start), 8)

@@ -9,11 +9,11 @@ import torch.distributed.checkpoint as dcp
 
 from sda_fast.files import write_manifest
 from sda_fast.hierarchy import Hierarchy
+from sda_fast.weights import digest
 from tests.tiny_scenes import tiny_scenes_pipeline
 from train.__main__ import build_stage
 from train.checkpoint import newest_valid, read_meta, read_state
 from train.config import override
-from train.frozen import weights_hash
 from train.lineage import begin, find_parent
 from train.loop import train
 from train.ranks import Ranks
@@ -57,9 +57,9 @@ def chain(parts, out_dir):
     for recipe in CHAIN:
         config = tiny(recipe, out_dir, parts)
         stage = build_stage(config, Ranks())
-        hashes.add(weights_hash(stage.frozen.flux.transformer))
+        hashes.add(digest(stage.frozen.flux.transformer))
         train(config, stage, parent=find_parent(config, parent))
-        hashes.add(weights_hash(stage.frozen.flux.transformer))
+        hashes.add(digest(stage.frozen.flux.transformer))
         parent = str(config.folder)
     assert len(hashes) == 1
     return out_dir

@@ -6,13 +6,14 @@ import torch
 
 from sda_fast.adapter import SemanticAdapter
 from sda_fast.hierarchy import Hierarchy
+from sda_fast.weights import digest
 from tests.pictures import write_pictures
 from train.__main__ import build_stage
 from train.checkpoint import newest_valid, read_state
 from train.config import override
 from train.data.source import open_source
 from train.flux import precompute_for
-from train.frozen import find_parts, weights_hash
+from train.frozen import find_parts
 from train.loop import train
 from train.ranks import Ranks
 from train.recipes import RECIPES
@@ -53,11 +54,11 @@ def test_a_run_on_pictures_leaves_frozen_what_is_frozen_and_saves_what_was_opene
     stage = build(config)
     frozen = stage.frozen
     parts = frozen.flux.transformer, frozen.flux.vae, frozen.encoder.clip
-    before = [weights_hash(part) for part in parts]
+    before = [digest(part) for part in parts]
     opened = {name: t.clone() for name, t in frozen.encoder.trained_layers().items()}
     whole = {name: t.clone() for name, t in frozen.encoder.dino.state_dict().items()}
     train(config, stage)
-    assert [weights_hash(part) for part in parts] == before
+    assert [digest(part) for part in parts] == before
     layers = frozen.encoder.trained_layers()
     assert all(not torch.equal(layers[n], t) for n, t in opened.items() if n.endswith("weight"))
     closed = {name for name in whole if f"dino.{name}" not in opened}

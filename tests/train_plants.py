@@ -20,8 +20,8 @@ import torch
 
 import train.scenes_encoders
 import train.stage
+from sda_fast.weights import digest
 from tests.train_processes import steps_there, tree_of
-from train.frozen import weights_hash
 from train.scenes_encoders import DinoStage
 
 REFUSED = 77
@@ -62,7 +62,7 @@ class Noted:
                     "places": dict(zip(batch.places, batch.ids, strict=True)),
                     "pictures": sha256(batch.tensors["pictures"].numpy().tobytes()).hexdigest(),
                     "losses": {name: value.item() for name, value in found.items()},
-                    "weights": weights_hash(stage.trained),
+                    "weights": digest(stage.trained),
                 }
                 with self.file.open("a") as lines:
                     lines.write(json.dumps(about) + "\n")

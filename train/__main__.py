@@ -35,6 +35,7 @@ class _Commands(TyperGroup):
     """``RECIPE`` is short for ``run RECIPE``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put "run" in front of what is no command."""
         if not args or (args[0] not in self.commands and args[0] != "--help"):
             args = ["run", *args]
         return super().parse_args(ctx, args)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sda_fast.adapter import SemanticAdapter
 from sda_fast.embedding import SemanticEmbedding
+from sda_fast.flux_latents import pack
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.losses import cosine_penalty, effective_rank, flow_matching_loss, mean_cosine
 from sda_fast.pipeline import SemanticPipeline
@@ -124,7 +125,7 @@ class AdapterStage(Generic[C]):
     def flow(self, batch: Batch, emb: SemanticEmbedding, latents: Tensor) -> Tensor:
         """Velocity error of an embedding, with the noise of the batch."""
         grid = latents.shape[-2] // 2, latents.shape[-1] // 2
-        x0 = self.frozen.pack(latents).float()
+        x0 = pack(latents).float()
         t, noise = draw_noise(batch, self.config.seed, x0)
         velocity = partial(self.frozen.decoder.velocity, emb=emb, grid=grid)
         return flow_matching_loss(velocity, x0, t, noise)
@@ -146,8 +147,7 @@ class AdapterStage(Generic[C]):
 
     def features(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Of the encoders; frozen."""
-        with torch.no_grad():
-            return self.frozen.encoder(pictures)
+        return self.frozen.features(pictures)
 
     def feature_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the encoders' patches for pictures of a size."""

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sda_fast.files import MANIFEST, check_manifest, write_manifest, write_whole
+from sda_fast.files import MANIFEST, check_manifest, sync, write_manifest, write_whole
 
 META, BEST, STATE = "meta.json", "best.json", "state.safetensors"
 PART, OLD = ".part-", ".old-"
@@ -156,12 +156,12 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[
             (part / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
             write_manifest(part)
             for file in (*part.iterdir(), part):
-                _sync(file)
+                sync(file)
             # a checkpoint of the same step is this one, from before a resume
             if target.exists():
                 _remove(target)
             os.replace(part, target)
-            _sync(folder)
+            sync(folder)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -272,12 +272,3 @@ def _remove(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    # a rename is no good if a power cut leaves what was renamed empty
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

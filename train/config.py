@@ -3,6 +3,7 @@
 import json
 import math
 import types
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -202,6 +203,17 @@ def _restored(value: Any, kind: Any) -> Any:
         return tuple(value)
     paths = kind is Path or Path in get_args(kind)
     return Path(value) if paths and value is not None else value
+
+
+def differences(
+    had: Mapping[str, Any], now: Mapping[str, Any], but: tuple[str, ...] = ()
+) -> list[str]:
+    """Entries that differ, in words."""
+    return [
+        f"{key} (was {had.get(key)}, now {now.get(key)})"
+        for key in sorted(had.keys() | now.keys())
+        if key not in but and had.get(key) != now.get(key)
+    ]
 
 
 def override(config: TrainConfig, assignments: list[str]) -> TrainConfig:

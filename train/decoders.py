@@ -1,6 +1,7 @@
 """Ways through the frozen decoder: its velocity, differentiable in the embedding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -98,20 +99,10 @@ class StockDecoder:
         self, x_t: Tensor, t: Tensor, emb: SemanticEmbedding, grid: tuple[int, int]
     ) -> Tensor:
         """See Decoder."""
-        transformer, dtype, device = self.flux.transformer, self._dtype, x_t.device
-        guides, pooled = transformer.config.guidance_embeds, emb.pooled
-        assert pooled is not None
-        return transformer(
-            hidden_states=x_t.to(dtype),
-            encoder_hidden_states=emb.tokens.to(dtype),
-            pooled_projections=pooled.to(dtype),
-            timestep=t.to(dtype),
-            img_ids=self.flux._prepare_latent_image_ids(1, *grid, device, dtype),
-            txt_ids=torch.zeros(emb.tokens.shape[1], 3, device=device, dtype=dtype),
-            guidance=torch.full_like(t, self.guidance) if guides else None,
-            joint_attention_kwargs=self._mask(emb.tree, grid, device),
-            return_dict=False,
-        )[0]
+        assert emb.pooled is not None
+        joint = self._joint(emb.tree, grid, x_t.device)
+        velocity = StockVelocity(self.flux, emb.tokens, emb.pooled, grid, self.guidance, joint)
+        return velocity(x_t, t)
 
     def free(self) -> None:
         """See Decoder."""
@@ -119,11 +110,7 @@ class StockDecoder:
             self._attached[1].detach()
             self._attached = None
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.flux.transformer.parameters()).dtype
-
-    def _mask(
+    def _joint(
         self, tree: Hierarchy, grid: tuple[int, int], device: torch.device
     ) -> dict[str, Tensor]:
         if self.attaches:
@@ -138,6 +125,44 @@ class StockDecoder:
         if key not in self._masks:
             self._masks[key] = tree.attention_mask(*grid, self.config.rule).to(device)
         return {"attention_mask": self._masks[key]}
+
+
+@dataclass(frozen=True, slots=True)
+class StockVelocity:
+    """Diffusers' transformer as a function (x_t [B, S_img, C], t [B]) -> velocity like x_t.
+
+    Attributes:
+        flux: a Flux pipeline.
+        text: [B, T, C], what its txt stream holds.
+        pooled: [B, P].
+        grid: rows and columns of image tokens.
+        guidance: for a transformer with guidance embeddings.
+        joint: its joint_attention_kwargs.
+    """
+
+    flux: Any
+    text: Tensor
+    pooled: Tensor
+    grid: tuple[int, int]
+    guidance: float = 1.0
+    joint: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """See the class."""
+        transformer = self.flux.transformer
+        to = {"device": x_t.device, "dtype": next(transformer.parameters()).dtype}
+        guides = transformer.config.guidance_embeds
+        return transformer(
+            hidden_states=x_t.to(**to),
+            encoder_hidden_states=self.text.to(**to),
+            pooled_projections=self.pooled.to(**to),
+            timestep=t.to(**to),
+            img_ids=self.flux._prepare_latent_image_ids(1, *self.grid, **to),
+            txt_ids=torch.zeros(self.text.shape[1], 3, **to),
+            guidance=torch.full_like(t, self.guidance) if guides else None,
+            joint_attention_kwargs=dict(self.joint),
+            return_dict=False,
+        )[0]
 
 
 def shard(transformer: Any, ranks: Ranks) -> None:

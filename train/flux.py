@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sda_fast.adapter import SemanticAdapter
+from sda_fast.weights import digest
 from train.adapter import AdapterStage
 from train.batch import Batch
-from train.config import FluxConfig
+from train.config import FluxConfig, differences
 from train.data.loader import Loader
 from train.data.order import Order, Size, assign_buckets, bucket_sizes, fold_rare
 from train.data.source import Source, open_source
@@ -25,9 +26,7 @@ from train.frozen import (
     find_parts,
     frozen_flux,
     frozen_readers,
-    weights_hash,
 )
-from train.lineage import differences
 from train.ranks import Ranks
 from train.stage import shares
 
@@ -120,7 +119,7 @@ class FluxStage(AdapterStage[FluxConfig]):
         """Of the encoders; their open layers take gradients."""
         if self.config.open_layers:
             return self.frozen.encoder(pictures)
-        return self.frozen.features(pictures)
+        return super().features(pictures)
 
     def save(self, folder: Path) -> None:
         """Write the adapter to folder/adapter, the layers that were opened with it."""
@@ -235,7 +234,7 @@ def sizes_of(config: FluxConfig) -> dict[str, Any]:
 
 def models_of(readers: Readers) -> dict[str, Any]:
     """Hashes of the models that make features and latents."""
-    return {"encoder": weights_hash(readers.encoder), "vae": weights_hash(readers.vae)}
+    return {"encoder": digest(readers.encoder), "vae": digest(readers.vae)}
 
 
 def check_precomputed(

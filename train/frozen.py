@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sda_fast.encoders import HALF, ImageEncoder
+from sda_fast.flux_latents import latents_of
 from sda_fast.flux_prompt import empty_prompt
-from sda_fast.pipeline_folder import load_flux
+from sda_fast.pipeline_folder import flux_folder, load_flux
 from sda_fast.weights import resolve_folder
 from train.config import AdapterConfig, FluxConfig
 from train.decoders import Decoder, build_decoder
@@ -42,11 +43,9 @@ class Readers:
         with torch.autocast(pictures.device.type, enabled=False):
             return self.encoder(pictures)
 
-    @torch.no_grad()
     def latents(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] -> what diffusion starts from, [B, C, h, w]."""
-        latents = self.vae.encode((pictures * 2 - 1).to(self.vae.dtype)).latent_dist.mode()
-        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        return latents_of(self.vae, pictures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +68,6 @@ class Frozen(Readers):
     def patch(self) -> int:
         """Pixels along an image token."""
         return 2 * self.flux.vae_scale_factor
-
-    def pack(self, latents: Tensor) -> Tensor:
-        """[B, C, h, w] -> image tokens [B, h w / 4, 4 C]."""
-        return self.flux._pack_latents(latents, *latents.shape)
 
 
 def frozen_scenes(config: AdapterConfig, ranks: Ranks, size: int) -> Frozen:
@@ -165,7 +160,12 @@ def find_parts(config: FluxConfig) -> dict[str, Path]:
     found, missing = {}, []
     for name in PARTS:
         try:
-            found[name] = resolve_folder(getattr(config, name), name)
+            path = getattr(config, name)
+            # of FLUX's repository only what is used, not all that lies there
+            of_flux = name == "flux"
+            found[name] = (
+                flux_folder(path, dict.fromkeys(UNUSED)) if of_flux else resolve_folder(path, name)
+            )
         except FileNotFoundError as error:
             missing.append(str(error))
     if missing:
@@ -188,15 +188,6 @@ def describe_parts(folders: dict[str, Path]) -> dict[str, str]:
                 digest.update(file.read_bytes())
         found[name] = digest.hexdigest()
     return found
-
-
-def weights_hash(module: Any) -> str:
-    """sha256 over names, dtypes and bytes of every tensor of a module's state."""
-    digest = hashlib.sha256()
-    for name, t in module.state_dict().items():
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _placed(

@@ -20,7 +20,7 @@ from train.checkpoint import (
     read_meta,
     read_state,
 )
-from train.config import AdapterConfig, TrainConfig, describe
+from train.config import AdapterConfig, TrainConfig, describe, differences
 from train.state import State
 
 CHECKPOINTS = "checkpoints"
@@ -114,17 +114,6 @@ def check_resume(config: TrainConfig, about: Mapping[str, Any], meta: Mapping[st
         )
 
 
-def differences(
-    had: Mapping[str, Any], now: Mapping[str, Any], but: tuple[str, ...] = ()
-) -> list[str]:
-    """Entries that differ, in words."""
-    return [
-        f"{key} (was {had.get(key)}, now {now.get(key)})"
-        for key in sorted(had.keys() | now.keys())
-        if key not in but and had.get(key) != now.get(key)
-    ]
-
-
 def find_parent(config: AdapterConfig, path: str | None) -> Path | None:
     """The checkpoint that a run begins with; read before anything heavy is loaded.
 
@@ -193,8 +182,8 @@ def check_parent(config: AdapterConfig, path: Path, meta: Mapping[str, Any]) -> 
 def begin(state: State, path: Path, seed: int) -> None:
     """Begin with the weights, average and optimizer memory of another run, grown if need be.
 
-    Positions that were there keep all three bit for bit; a new one starts as its node's or
-    ancestor's query plus noise, the same in weights and average, without memory.
+    Positions that were there keep all three bit for bit. A new one starts as its node's or
+    ancestor's query plus noise, in weights and average each from its own, without memory.
 
     Args:
         state: of an adapter; changed in place.

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from sda_fast.files import write_whole
 from train.batch import Batch, micro_batches
 from train.checkpoint import PART, check_checkpoint, checkpoints_of, write_checkpoint
-from train.config import restore
+from train.config import FluxConfig, restore
 from train.ranks import Ranks
 from train.stage import Stage
 from train.state import State
@@ -79,6 +80,8 @@ def replay(path: Path, build: Callable[[Any, Ranks], Stage], ranks: Ranks) -> li
     """
     about = json.loads(path.read_text(encoding="utf-8"))
     config = restore((path.parent.parent / "config.json").read_text(encoding="utf-8"))
+    if isinstance(config, FluxConfig):
+        config = replace(config, shard_flux=False)  # nobody is there to share with
     check_checkpoint(path.parent / about["state"])
     stage = build(config, ranks)
     state = State(config, stage, ranks)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from train.config import differences
 from train.data.loader import BrokenCount
 from train.data.order import Size, assign_buckets
 from train.data.shards import (
@@ -180,13 +181,7 @@ def _begin(out: Path, begun: dict[str, Any]) -> None:
         had = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"out: {path} is damaged: {error}") from error
-    before, now = _flat(had), _flat(begun)
-    changed = [
-        f"{key} (was {before.get(key)}, now {now.get(key)})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if changed:
+    if changed := differences(_flat(had), _flat(begun)):
         raise ValueError(
             f"out: {out} was begun otherwise: {'; '.join(changed)}. Choose another folder"
         )

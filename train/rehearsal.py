@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from sda_fast.encoders import ImageEncoder
-from sda_fast.shapes import CLIP_VIT_H, DINOV2_VIT_L, FLUX_DEV, FLUX_VAE
+from sda_fast.shapes import CLIP_VIT_H, DINOV2_VIT_L, FLUX_DEV, FLUX_VAE, random_weights
 
 SMALL_FLUX: dict[str, Any] = {
     **FLUX_DEV, "in_channels": 16, "num_layers": 1, "num_single_layers": 1,
@@ -24,7 +24,6 @@ SMALL_TOWER: dict[str, Any] = {
     "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3, "patch_size": 8,
     "image_size": 32,
 }  # fmt: skip
-STD = 0.02
 
 
 def random_flux(small: bool, device: torch.device, dtype: torch.dtype) -> tuple[Any, Tensor]:
@@ -38,7 +37,7 @@ def random_flux(small: bool, device: torch.device, dtype: torch.dtype) -> tuple[
         tokenizer=None,
         text_encoder_2=None,
         tokenizer_2=None,
-        transformer=_filled(transformer, device, dtype),
+        transformer=random_weights(transformer, dtype, device),
     )
     return flux, torch.zeros(1, transformer.config.pooled_projection_dim)
 
@@ -47,7 +46,7 @@ def random_vae(small: bool, device: torch.device, dtype: torch.dtype) -> Any:
     """An AutoencoderKL; the same at every call."""
     with torch.device("meta"):
         vae = AutoencoderKL(**(SMALL_VAE if small else FLUX_VAE))
-    return _filled(vae, device, dtype)
+    return random_weights(vae, dtype, device)
 
 
 def random_encoder(small: bool, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
@@ -55,25 +54,7 @@ def random_encoder(small: bool, device: torch.device, dtype: torch.dtype) -> Ima
     clip: dict[str, Any] = {**SMALL_TOWER, "intermediate_size": 32} if small else CLIP_VIT_H
     dino: dict[str, Any] = {**SMALL_TOWER, "mlp_ratio": 2} if small else DINOV2_VIT_L
     towers = [
-        _filled(CLIPVisionModel(CLIPVisionConfig(**clip)), device, dtype),
-        _filled(Dinov2Model(Dinov2Config(**dino)), device, dtype),
+        random_weights(CLIPVisionModel(CLIPVisionConfig(**clip)), dtype, device),
+        random_weights(Dinov2Model(Dinov2Config(**dino)), dtype, device),
     ]
     return ImageEncoder(*towers, size=32 if small else 378)
-
-
-def _filled(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Weights made where they are to be, frozen; norms scale by 1."""
-    # diffusers warns at its own ``to`` of what is not there
-    model = nn.Module.to(model, dtype)
-    if any(p.is_meta for p in model.parameters()):
-        model = model.to_empty(device=device)
-    model = nn.Module.to(model, device)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim > 1:
-                fan_in = p[0].numel()
-                p.normal_(0, min(STD, fan_in**-0.5), generator=generator)
-            else:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
-    return model.eval().requires_grad_(False)

@@ -9,12 +9,14 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
 
+from sda_fast.flux_latents import latents_of, pack
 from sda_fast.losses import flow_matching_loss
 from sda_fast.scenes.captions import caption
 from sda_fast.scenes.models import POOLED, build_flux, token_ids
 from sda_fast.scenes.world import sample_scenes
 from train.batch import Batch
 from train.config import TrainConfig
+from train.decoders import StockVelocity
 from train.ranks import Ranks
 from train.stage import (
     HELD_OUT,
@@ -54,9 +56,11 @@ class TextStage:
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Velocity error on a batch of captioned scenes."""
         text = self.embed(list(batch.texts))
-        x0 = pack(self.flux, batch.tensors["pictures"].to(self.ranks.device))
+        latents = latents_of(self.flux.vae, batch.tensors["pictures"].to(self.ranks.device))
+        grid = latents.shape[-2] // 2, latents.shape[-1] // 2
+        x0 = pack(latents)
         t, noise = draw_noise(batch, self.config.seed, x0)
-        velocity = Velocity(self.flux, text, self.world.size)
+        velocity = StockVelocity(self.flux, text, no_pooled(text), grid)
         return {"loss": flow_matching_loss(velocity, x0, t, noise)}
 
     def embed(self, captions: list[str]) -> Tensor:
@@ -83,50 +87,20 @@ class TextStage:
         self.flux.save_pretrained(folder / "flux")
 
 
-class Velocity:
-    """The decoder as a function (x_t, t) -> velocity, given what its txt stream holds."""
-
-    def __init__(
-        self, flux: FluxPipeline, text: Tensor, size: int, mask: Tensor | None = None
-    ) -> None:
-        self.flux, self.text, self.mask = flux, text, mask
-        side = size // flux.vae_scale_factor // 2
-        self.img_ids = flux._prepare_latent_image_ids(1, side, side, text.device, text.dtype)
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """[B, S_img, C], [B] -> [B, S_img, C]."""
-        return self.flux.transformer(
-            hidden_states=x_t,
-            encoder_hidden_states=self.text,
-            pooled_projections=torch.zeros(len(x_t), POOLED, device=x_t.device),
-            timestep=t,
-            img_ids=self.img_ids,
-            txt_ids=torch.zeros(self.text.shape[1], 3, device=x_t.device),
-            joint_attention_kwargs={} if self.mask is None else {"attention_mask": self.mask},
-            return_dict=False,
-        )[0]
-
-
-def pack(flux: FluxPipeline, pictures: Tensor) -> Tensor:
-    """Encode pictures [B, 3, H, W] in [0, 1] into packed latents [B, S_img, C]."""
-    vae = flux.vae
-    latents = vae.encode(pictures * 2 - 1).latent_dist.mode()
-    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    return flux._pack_latents(latents, *latents.shape)
-
-
-def draw(
-    flux: FluxPipeline, text: Tensor, size: int, mask: Tensor | None = None, steps: int = 20
-) -> Tensor:
+def draw(flux: FluxPipeline, text: Tensor, size: int, steps: int = 20) -> Tensor:
     """Run the pipeline from fixed noise: [B, 3, size, size] in [0, 1]."""
     flux.set_progress_bar_config(disable=True)
     return flux(
         prompt_embeds=text,
-        pooled_prompt_embeds=torch.zeros(len(text), POOLED, device=text.device),
+        pooled_prompt_embeds=no_pooled(text),
         height=size,
         width=size,
         num_inference_steps=steps,
         generator=seeded(0),
-        joint_attention_kwargs=None if mask is None else {"attention_mask": mask},
         output_type="pt",
     ).images
+
+
+def no_pooled(text: Tensor) -> Tensor:
+    """[B, P] of the decoders of scenes, which take nothing from it."""
+    return torch.zeros(len(text), POOLED, device=text.device)

@@ -148,4 +148,5 @@ class _Losses(nn.Module):
         self._losses = stage.losses
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The stage's losses of a batch."""
         return self._losses(batch)

@@ -142,6 +142,27 @@ class Index:
         return digest.hexdigest()
 
 
+class Indexed:
+    """What a source knows of its samples from their index; see ``train.data.source.Source``.
+
+    Args:
+        root: folder of the source.
+        index: of what is in it.
+    """
+
+    def __init__(self, root: Path, index: Index) -> None:
+        self.root, self.index = root, index
+        self.sizes, self.refused = index.sizes, index.refused
+        self.fingerprint = index.fingerprint()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def ids(self, index: int) -> str:
+        """The name of a sample: from the folder on, through its tar or shard."""
+        return self.index.id(index)
+
+
 def join(parts: Sequence[Index]) -> Index:
     """One index of several, in this order; files and listing are of the first.
 

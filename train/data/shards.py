@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from train.data.index import Entry, Index, join
+from sda_fast.files import sync
+from train.data.index import Entry, Index, Indexed, join
 from train.data.order import Size
 
 BEGUN, DONE, INDEX = "begun.json", "precomputed.json", "index.safetensors"
@@ -68,9 +69,9 @@ def durable(path: Path) -> Generator[Path, None, None]:
     partial = path.with_name(f".{path.name}.{whose}.partial")
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -198,7 +199,7 @@ def finish(out: Path, begun: Mapping[str, Any], index: Index, lengths: Sequence[
     _sweep(out)
 
 
-class ShardSource:
+class ShardSource(Indexed):
     """What was precomputed of pictures, as ``train.data.source.Source`` describes it.
 
     The length of every shard is compared at once, the digest of a sample when it is read.
@@ -225,20 +226,11 @@ class ShardSource:
             lengths, fingerprint = done["lengths"], done["fingerprint"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"data: {root / DONE} is damaged: {error}") from error
-        self.root, self.index = root, Index.load(root / INDEX)
-        self.sizes, self.refused = self.index.sizes, self.index.refused
-        self.fingerprint = self.index.fingerprint()
+        super().__init__(root, Index.load(root / INDEX))
         if self.fingerprint != fingerprint or len(lengths) != len(self.index.files):
             raise ValueError(f"data: {root / INDEX} is not that of {root / DONE}")
         for name, length in zip(self.index.files, lengths, strict=True):
             _check_length(root / name, length)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def ids(self, index: int) -> str:
-        """The name that the picture had, behind that of its shard."""
-        return self.index.id(index)
 
     def read(self, index: int, size: Size) -> dict[str, Tensor]:
         """One sample: "features" [S, F] and "latents" [C, h, w]; no more of the shard is read.
@@ -284,11 +276,3 @@ def _sweep(out: Path) -> None:
 def _check_length(path: Path, wanted: int) -> None:
     if (length := path.stat().st_size) != wanted:
         raise ValueError(f"{path} must have {wanted:,} bytes, has {length:,}")
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

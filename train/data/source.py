@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sda_fast.weights import require_folder
 from train.data.folder import METADATA, Listing, index_folder, list_folder, list_metadata
-from train.data.index import Index
+from train.data.index import Index, Indexed
 from train.data.order import Size
 from train.data.pictures import KINDS, decode
 from train.data.shards import BEGUN, DONE, ShardSource
@@ -64,27 +64,10 @@ class Source(Protocol):
         ...
 
 
-class PictureSource:
-    """Pictures in a folder or in its tars, as ``Source`` describes them.
-
-    Args:
-        root: the folder.
-        index: of what is in it.
-    """
+class PictureSource(Indexed):
+    """Pictures in a folder or in its tars, as ``Source`` describes them."""
 
     kind: Literal["pictures"] = "pictures"
-
-    def __init__(self, root: Path, index: Index) -> None:
-        self.root, self.index = root, index
-        self.sizes, self.refused = index.sizes, index.refused
-        self.fingerprint = index.fingerprint()
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def ids(self, index: int) -> str:
-        """The name of a picture, from the folder on, through a tar."""
-        return self.index.id(index)
 
     def read(self, index: int, size: Size) -> dict[str, Tensor]:
         """Decode a picture, as ``train.data.pictures.decode``.
