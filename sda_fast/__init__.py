@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from sda_fast import ops, reference
     from sda_fast.adapter import SemanticAdapter
     from sda_fast.attachment import attach
+    from sda_fast.editors.llm import LLMEditor
+    from sda_fast.editors.result import EditResult
+    from sda_fast.editors.script import ScriptEditor
+    from sda_fast.editors.t5 import EmbeddingEditor
+    from sda_fast.editors.text import InstructionEncoder
     from sda_fast.embedding import SemanticEmbedding
     from sda_fast.encoders import ImageEncoder
     from sda_fast.fast_flux import FastFlux
@@ -19,9 +24,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EditResult": "sda_fast.editors.result",
+    "EmbeddingEditor": "sda_fast.editors.t5",
     "FastFlux": "sda_fast.fast_flux",
     "Hierarchy": "sda_fast.hierarchy",
     "ImageEncoder": "sda_fast.encoders",
+    "InstructionEncoder": "sda_fast.editors.text",
+    "LLMEditor": "sda_fast.editors.llm",
+    "ScriptEditor": "sda_fast.editors.script",
     "SemanticAdapter": "sda_fast.adapter",
     "SemanticEmbedding": "sda_fast.embedding",
     "SemanticPipeline": "sda_fast.pipeline",
@@ -29,9 +39,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "EditResult",
+    "EmbeddingEditor",
     "FastFlux",
     "Hierarchy",
     "ImageEncoder",
+    "InstructionEncoder",
+    "LLMEditor",
+    "ScriptEditor",
     "SemanticAdapter",
     "SemanticEmbedding",
     "SemanticPipeline",

@@ -24,6 +24,10 @@ class Replay(Protocol):
         """Its result for inputs of the captured kind, in memory of its own."""
         ...
 
+    def repeat(self) -> None:
+        """Run it once more on what it reads, for what that changes in place."""
+        ...
+
     def release(self) -> None:
         """Give the graph up, once the device is done with it."""
         ...
@@ -295,6 +299,14 @@ class GraphReplay:
             result = self.result.clone()
             self.done.record(stream)
         return result
+
+    def repeat(self) -> None:
+        """See Replay."""
+        with torch.cuda.device(self.result.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.done)
+            self.graph.replay()
+            self.done.record(stream)
 
     def release(self) -> None:
         """See Replay."""

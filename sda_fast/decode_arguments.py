@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import torch
+
 from sda_fast.coords import check_int
+from sda_fast.flux_inputs import patch_grid
 
 MOST = 2**64 - 1  # the largest seed that torch takes
 
@@ -40,6 +43,31 @@ def refuse_filled(options: Mapping[str, Any]) -> None:
             "decode takes rule and attention in place of an attention_mask, got one in "
             "joint_attention_kwargs"
         )
+
+
+def sampling(
+    defaults: Any, patch: int, given: Mapping[str, Any], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """What a Flux pipeline is told of sizes, steps, guidance and noise.
+
+    Args:
+        defaults: ``DecodeDefaults``, for what is given as None.
+        patch: pixels along an image token.
+        given: "height", "width", "steps" and "guidance" of the caller.
+        seeds: of each picture's noise.
+
+    Raises:
+        ValueError: one cannot be; the message names it.
+    """
+    known = {name: getattr(defaults, name) if v is None else v for name, v in given.items()}
+    patch_grid(known["height"], known["width"], patch)
+    return {
+        "height": known["height"],
+        "width": known["width"],
+        "num_inference_steps": check_int("steps", known["steps"], 1),
+        "guidance_scale": check_guidance(known["guidance"]),
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+    }
 
 
 def check_guidance(guidance: float) -> float:

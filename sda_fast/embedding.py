@@ -1,24 +1,21 @@
 """The semantic embedding of pictures: addressed by node, mixed, stored, handed to FLUX."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from sda_fast.files import write_whole
+from sda_fast.coords import check_int
+from sda_fast.decode_arguments import one_of
+from sda_fast.embedding_file import read_tensors, write_tensors
 from sda_fast.flux_inputs import append_text, check_finite, patch_grid, pooled_vector
 from sda_fast.hierarchy import Hierarchy
-from sda_fast.mixing import Mix, Weight, lerp, node_weights, slerp
+from sda_fast.mixing import Mix, Weight, coverage, lerp, mean, node_weights, shares, slerp, spread
 
-FORMAT, VERSION = "sda_fast.embedding", 1
-METADATA_KEY = "sda_fast"  # one key alone: several are written in no fixed order
+MODES = ("slerp", "lerp")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,16 +93,7 @@ class SemanticEmbedding:
             ValueError: there are none, or their trees, widths, dtypes, devices or pooled differ.
         """
         embeddings = tuple(embeddings)
-        if not embeddings:
-            raise ValueError("embeddings must hold at least one embedding, got none")
-        first = embeddings[0]
-        for number, other in enumerate(embeddings):
-            first._check_twin(f"embeddings[{number}]", other)
-            if _kind(first.pooled) != _kind(other.pooled):
-                raise ValueError(
-                    f"embeddings[{number}] must have pooled {_kind(first.pooled)} like the first, "
-                    f"got {_kind(other.pooled)}"
-                )
+        first = _check_alike(embeddings)
         pooled = [e.pooled for e in embeddings if e.pooled is not None]
         tokens = torch.cat([e.tokens for e in embeddings])
         return cls(tokens, first.tree, torch.cat(pooled) if pooled else None)
@@ -127,7 +115,7 @@ class SemanticEmbedding:
         Raises:
             ValueError: other, weight or nodes do not fit.
         """
-        return self._mix(other, weight, nodes, lerp)
+        return self._mix(other, node_weights(self.tree, weight, nodes), lerp)
 
     def slerp(
         self, other: "SemanticEmbedding", weight: Weight, nodes: Iterable[str] | None = None
@@ -137,17 +125,90 @@ class SemanticEmbedding:
         The direction is Shoemake's slerp (Animating Rotation with Quaternion Curves, 1985) of the
         two unit vectors. Where they are parallel, opposite or zero it is undefined: lerp instead.
         """
-        return self._mix(other, weight, nodes, slerp)
+        return self._mix(other, node_weights(self.tree, weight, nodes), slerp)
 
-    def transplant(self, other: "SemanticEmbedding", path: str) -> "SemanticEmbedding":
+    def interpolate(
+        self,
+        other: "SemanticEmbedding",
+        steps: int = 5,
+        mode: str = "slerp",
+        nodes: Iterable[str] | None = None,
+    ) -> "SemanticEmbedding":
+        """The way from one picture to another as a batch, both ends included.
+
+        Args:
+            other: as for ``lerp``; both must be one picture.
+            steps: B of the answer, at least 2.
+            mode: "slerp" or "lerp".
+            nodes: as for ``lerp``.
+
+        Raises:
+            ValueError: an argument does not fit.
+        """
+        check_int("steps", steps, 2)
+        one_of("mode", mode, MODES)
+        if len(self) != 1:
+            raise ValueError(f"self must be one picture, got {len(self)}")
+        mix = lerp if mode == "lerp" else slerp
+        whole = node_weights(self.tree, 1.0, nodes)
+        return SemanticEmbedding.cat(
+            self._mix(other, whole * (i / (steps - 1)), mix) for i in range(steps)
+        )
+
+    def transplant(
+        self, other: "SemanticEmbedding", path: str, blend: bool = False
+    ) -> "SemanticEmbedding":
         """A node and its descendants from other, the rest from self, bit for bit.
 
         ``/`` takes everything, ``pooled`` too.
 
+        Args:
+            other: as for ``lerp``.
+            path: of the node.
+            blend: whether the nodes above it, which speak of a larger place, go over to other's by
+                the share of their area that the node covers (a quarter a level), and ``pooled`` as
+                the root does. The place comes out nearer to other's, what is around it goes along.
+
         Raises:
             ValueError: other does not fit, or the tree has no such node.
         """
+        if blend:
+            return self._mix(other, coverage(self.tree, [path]), lerp)
         return self.lerp(other, {path: 1.0})
+
+    @classmethod
+    def mix(
+        cls,
+        embeddings: Iterable["SemanticEmbedding"],
+        weights: Sequence[float],
+        nodes: Iterable[str] | None = None,
+    ) -> "SemanticEmbedding":
+        """The weighted mean of several embeddings in some nodes, the first one elsewhere.
+
+        Nodes above these go over to the mean by the share of their area that these cover, as in
+        ``transplant`` with blend, and ``pooled`` as the root does. The rest is the first's, bit for
+        bit, and so are the nodes another's that has all the weight.
+
+        Args:
+            embeddings: of one tree, width, dtype, device and kind of pooled; batches of B, that of
+                the first, or 1.
+            weights: one for each, at least 0; only their ratios count.
+            nodes: paths, mixed with their descendants; None for all.
+
+        Raises:
+            ValueError: an embedding does not fit the first, a weight is negative or not finite or
+                all are 0, or a node is not there.
+        """
+        embeddings = tuple(embeddings)
+        first = _check_alike(embeddings)
+        parts = shares(weights, len(embeddings))
+        covered = coverage(first.tree, ("/",) if nodes is None else nodes)
+        for number, other in enumerate(embeddings):
+            first.check_mixable(f"embeddings[{number}]", other)
+        vectors = [e.pooled for e in embeddings if e.pooled is not None]
+        pooled = mean(vectors, parts) if vectors else None
+        tokens = mean([e.tokens for e in embeddings], parts)
+        return first._mix(cls(tokens, first.tree, pooled), covered, lerp)
 
     def truncate(self, levels: int) -> "SemanticEmbedding":
         """The first levels of the tree alone.
@@ -235,19 +296,10 @@ class SemanticEmbedding:
                 place and hold a NaN or an infinity.
             FileNotFoundError: the folder is not there.
         """
-        path = _check_suffix(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"path must lie in a folder that is there, got {path}")
         tensors = {"tokens": self.tokens}
         if self.pooled is not None:
             tensors["pooled"] = self.pooled
-        for name, tensor in tensors.items():
-            check_finite(name, tensor)
-        # a clone: safetensors refuses views that share storage
-        tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
-        about = {"format": FORMAT, "hierarchy": self.tree.tokens_per_node, "version": VERSION}
-        about = {METADATA_KEY: json.dumps(about, sort_keys=True)}
-        write_whole(path, to_safetensors(tensors, about))
+        write_tensors(path, tensors, self.tree)
 
     @classmethod
     def load(cls, path: str | PathLike[str], tree: Hierarchy | None = None) -> "SemanticEmbedding":
@@ -263,16 +315,7 @@ class SemanticEmbedding:
         """
         if tree is not None and not isinstance(tree, Hierarchy):
             raise ValueError(f"tree must be a Hierarchy, got {type(tree).__name__}")
-        path = _check_suffix(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"path must be an embedding file, got {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
-        found = _parse_metadata(path, metadata)
+        tensors, found = read_tensors(path)
         if tree is not None and tree != found:
             raise ValueError(
                 f"{path} must be of the hierarchy {tree.tokens_per_node}, "
@@ -285,67 +328,68 @@ class SemanticEmbedding:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def _check_twin(self, name: str, other: "SemanticEmbedding") -> None:
-        if not isinstance(other, SemanticEmbedding):
-            raise ValueError(f"{name} must be a SemanticEmbedding, got {type(other).__name__}")
-        mine, its = (
-            (e.tree.tokens_per_node, e.tokens.shape[2], e.tokens.dtype, e.tokens.device)
-            for e in (self, other)
-        )
-        if mine != its:
-            raise ValueError(
-                f"{name} must agree in hierarchy, channels, dtype and device: {mine}, got {its}"
-            )
+    def check_mixable(
+        self, name: str, other: "SemanticEmbedding", with_pooled: bool = False
+    ) -> None:
+        """Refuse what cannot be mixed into this embedding.
 
-    def _mix(
-        self,
-        other: "SemanticEmbedding",
-        weight: Weight,
-        nodes: Iterable[str] | None,
-        mix: Mix,
-    ) -> "SemanticEmbedding":
-        self._check_twin("other", other)
+        Args:
+            name: of other, for the message.
+            other: what was given.
+            with_pooled: whether the root is mixed, and pooled with it.
+
+        Raises:
+            ValueError: other is no embedding, of another tree, width, dtype, device or kind of
+                pooled, or its batch is neither 1 nor that of this one.
+        """
+        _check_twin(name, self, other)
         if len(other) not in (1, len(self)):
-            raise ValueError(f"other must have a batch of 1 or {len(self)}, got {len(other)}")
-        weight_of = node_weights(self.tree, weight, nodes)
-        sizes = [node.stop - node.start for node in self.tree.nodes()]
-        counts = torch.tensor(sizes, device="cpu")
-        tokens = mix(self.tokens, other.tokens, weight_of.repeat_interleave(counts)[:, None])
-        pooled = self.pooled
-        if weight_of[0] != 0 and _kind(self.pooled) != _kind(other.pooled):
+            legal = "1" if len(self) == 1 else f"1 or {len(self)}"
+            raise ValueError(f"{name} must have a batch of {legal}, got {len(other)}")
+        if with_pooled and _kind(self.pooled) != _kind(other.pooled):
             raise ValueError(
-                f"other must have pooled {_kind(self.pooled)} where the root is mixed, "
+                f"{name} must have pooled {_kind(self.pooled)} where the root is mixed, "
                 f"got {_kind(other.pooled)}"
             )
-        if pooled is not None and other.pooled is not None and weight_of[0] != 0:
+
+    def _mix(self, other: "SemanticEmbedding", weight_of: Tensor, mix: Mix) -> "SemanticEmbedding":
+        """Mix other in by [num_nodes] weights; pooled goes with the root."""
+        root = bool(weight_of[0] != 0)
+        self.check_mixable("other", other, with_pooled=root)
+        tokens = mix(self.tokens, other.tokens, spread(self.tree, weight_of))
+        pooled = self.pooled
+        if pooled is not None and other.pooled is not None and root:
             pooled = mix(pooled, other.pooled, weight_of[:1])
         return SemanticEmbedding(tokens, self.tree, pooled)
 
 
+def _check_alike(embeddings: Sequence[SemanticEmbedding]) -> SemanticEmbedding:
+    """The first of some embeddings that are alike but for their batches."""
+    if not embeddings:
+        raise ValueError("embeddings must hold at least one embedding, got none")
+    first = embeddings[0]
+    for number, other in enumerate(embeddings):
+        _check_twin(f"embeddings[{number}]", first, other)
+        if _kind(first.pooled) != _kind(other.pooled):
+            raise ValueError(
+                f"embeddings[{number}] must have pooled {_kind(first.pooled)} like the first, "
+                f"got {_kind(other.pooled)}"
+            )
+    return first
+
+
+def _check_twin(name: str, first: SemanticEmbedding, other: SemanticEmbedding) -> None:
+    if not isinstance(other, SemanticEmbedding):
+        raise ValueError(f"{name} must be a SemanticEmbedding, got {type(other).__name__}")
+    mine, its = (
+        (e.tree.tokens_per_node, e.tokens.shape[2], e.tokens.dtype, e.tokens.device)
+        for e in (first, other)
+    )
+    if mine != its:
+        raise ValueError(
+            f"{name} must agree in hierarchy, channels, dtype and device: {mine}, got {its}"
+        )
+
+
 def _kind(pooled: Tensor | None) -> tuple[int, torch.dtype, torch.device] | None:
     return None if pooled is None else (pooled.shape[1], pooled.dtype, pooled.device)
-
-
-def _check_suffix(path: str | PathLike[str]) -> Path:
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"path must end in .safetensors (no pickle is read), got {path}")
-    return path
-
-
-def _parse_metadata(path: Path, metadata: Mapping[str, str]) -> Hierarchy:
-    try:
-        about = json.loads(metadata[METADATA_KEY])
-        known = about["format"] == FORMAT and about["version"] == VERSION
-        tokens_per_node = about["hierarchy"]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is a safetensors file but no embedding") from error
-    if not known:
-        raise ValueError(
-            f"{path} must be of format {FORMAT} {VERSION}, "
-            f"got {about['format']!r} {about['version']!r}"
-        )
-    try:
-        return Hierarchy(tokens_per_node)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

@@ -1,9 +1,11 @@
 """Pictures in and out: files and PIL images to tensors and back."""
 
+import math
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +100,30 @@ def group_by_size(images: Images, at_most: int = 32) -> Iterator[tuple[list[int]
         for start in range(0, len(places), at_most):
             rows = places[start : start + at_most]
             yield rows, torch.stack([_pixels(pictures[row]) for row in rows])
+
+
+def put_in_order(parts: Sequence[Any], rows: Sequence[int]) -> Any:
+    """What was made of each group of ``group_by_size``, in the order of the pictures given.
+
+    Args:
+        parts: of each group a tensor [n, ...] or a list of n.
+        rows: where each of all groups' pictures was.
+
+    Returns:
+        One tensor, or one list.
+    """
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))[order]
+    pictures = [picture for part in parts for picture in part]
+    return [pictures[place] for place in order]
+
+
+def fit_area(size: Sequence[int], area: int, unit: int) -> tuple[int, int]:
+    """(height, width) of about an area at the aspect ratio of a size, in whole units of pixels."""
+    scale = math.sqrt(area / math.prod(size))
+    rows, cols = (max(1, round(side * scale / unit)) for side in size)
+    return rows * unit, cols * unit
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""What the adapter is trained on, and whether its positions collapse: pure functions."""
+"""What adapter and editors are trained on, and whether positions collapse: pure functions."""
 
 from collections.abc import Callable
 
@@ -45,6 +45,45 @@ def flow_matching_loss(
             f"got {tuple(velocity.shape)}"
         )
     return F.mse_loss(velocity.float(), noise_f - x0_f)
+
+
+def edit_loss(predicted: Tensor, target: Tensor, where: Tensor | None = None) -> Tensor:
+    """How far an editor's positions are from those of the target picture, in length and direction.
+
+        0.5 mean |predicted - target|^2 + 0.5 mean (1 - cos(predicted, target))
+
+    The first mean is over positions and channels, the second over positions; each sample has its
+    own first, and weighs the same however many of its positions count. Design: section 3.6. A zero
+    vector has cosine 0 with everything.
+
+    Args:
+        predicted: [B, N, C], any float dtype.
+        target: as predicted.
+        where: bool [B, N], positions that count; None: all do. A sample without any gives 0.
+
+    Returns:
+        Scalar f32.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if predicted.ndim != 3 or predicted.shape != target.shape:
+        raise ValueError(
+            f"predicted and target must be [B, N, C] of one shape, got {tuple(predicted.shape)} "
+            f"and {tuple(target.shape)}"
+        )
+    if where is not None and where.shape != predicted.shape[:2]:
+        raise ValueError(
+            f"where must be {tuple(predicted.shape[:2])}, one for each position, "
+            f"got {tuple(where.shape)}"
+        )
+    ours, theirs = predicted.float(), target.float()
+    squared = (ours - theirs).square().mean(-1)
+    error = 0.5 * squared + 0.5 * (1 - F.cosine_similarity(ours, theirs, dim=-1))
+    if where is None:
+        return error.mean()
+    counted = torch.where(where, error, 0.0).sum(1) / where.sum(1).clamp_min(1)
+    return counted.mean()
 
 
 def cosine_penalty(tokens: Tensor) -> Tensor:

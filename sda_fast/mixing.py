@@ -1,10 +1,11 @@
-"""Mixing two embeddings: weights for each node of a tree, linear and spherical interpolation."""
+"""Mixing embeddings: weights for each node of a tree, linear and spherical interpolation, means."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from sda_fast.hierarchy import Hierarchy
 
@@ -28,10 +29,7 @@ def node_weights(tree: Hierarchy, weight: Weight, nodes: Iterable[str] | None) -
     Raises:
         ValueError: a path is not of the tree, or a weight is no finite number.
     """
-    if isinstance(nodes, str):
-        raise ValueError(f"nodes must be a sequence of paths, got the text {nodes!r}")
-    # a generator could be read only once
-    nodes = None if nodes is None else tuple(nodes)
+    nodes = None if nodes is None else _paths(tree, nodes)
     if isinstance(weight, Mapping):
         by_path = dict(weight)
     elif isinstance(weight, Sequence) and not isinstance(weight, str):
@@ -44,11 +42,8 @@ def node_weights(tree: Hierarchy, weight: Weight, nodes: Iterable[str] | None) -
         by_path = {"/": weight}
     for path, value in by_path.items():
         tree.node(path)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not is_finite(value):
             raise ValueError(f"weight must be made of finite numbers, got {value!r} for {path!r}")
-    for path in nodes or ():
-        tree.node(path)
 
     weights = []
     for node in tree.nodes():
@@ -57,6 +52,84 @@ def node_weights(tree: Hierarchy, weight: Weight, nodes: Iterable[str] | None) -
         deciding = next((path for path in lineage if path in by_path), None)
         weights.append(by_path[deciding] if inside and deciding is not None else 0.0)
     return torch.tensor(weights, dtype=torch.float64, device="cpu")
+
+
+def coverage(tree: Hierarchy, nodes: Iterable[str]) -> Tensor:
+    """The share of each node's area that some nodes cover together.
+
+    It is 1 for these and for what is below them, and 0 beside them; a node above them has what they
+    make up of it: a quarter for each level that one of them lies below.
+
+    Args:
+        tree: the hierarchy.
+        nodes: paths, at least one; a place that two of them cover counts once.
+
+    Returns:
+        [num_nodes] float64 on the CPU, exact, in the order of ``tree.nodes()``.
+
+    Raises:
+        ValueError: a path is not of the tree, or there is none.
+    """
+    nodes = _paths(tree, nodes)
+    if not nodes:
+        raise ValueError("nodes must name at least one node, got none")
+    cells = 2 ** (tree.num_levels - 1)
+    covered = torch.zeros(1, cells, cells, dtype=torch.float64, device="cpu")
+    for path in nodes:
+        y0, x0, y1, x1 = (int(edge * cells) for edge in tree.box(path))
+        covered[:, y0:y1, x0:x1] = 1
+    levels = [avg_pool2d(covered, cells >> level) for level in range(tree.num_levels)]
+    return torch.cat([share.flatten() for share in levels])
+
+
+def shares(weights: Sequence[float], count: int) -> list[float]:
+    """Weights of a mean, divided by their sum.
+
+    Raises:
+        ValueError: they are not ``count`` finite numbers of at least 0, or all are 0.
+    """
+    given = isinstance(weights, Sequence) and not isinstance(weights, str)
+    if not given or len(weights) != count:
+        raise ValueError(f"weights must be a number for each of {count}, got {weights!r}")
+    if not all(is_finite(weight) and weight >= 0 for weight in weights) or not any(weights):
+        raise ValueError(
+            f"weights must be finite, none below 0 and one above it, got {list(weights)}"
+        )
+    most = max(weights)  # first, so that the sum cannot overflow
+    parts = [weight / most for weight in weights]
+    total = sum(parts)
+    return [part / total for part in parts]
+
+
+def mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """``sum(share * tensor)`` in float32 or wider; one with the share 0 is not read.
+
+    Args:
+        tensors: [..., C] each, floating, broadcastable.
+        shares: as many numbers, of the sum 1; a single 1 gives its tensor back bit for bit.
+
+    Returns:
+        [..., C] in the dtype of the first.
+    """
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    first, *rest = (t.to(wide) * s for t, s in zip(tensors, shares, strict=True) if s)
+    return sum(rest, first).to(tensors[0].dtype)
+
+
+def spread(tree: Hierarchy, weight_of: Tensor) -> Tensor:
+    """[num_nodes] in the order of ``tree.nodes()`` -> [N, 1], the same for a node's positions."""
+    sizes = [node.stop - node.start for node in tree.nodes()]
+    return weight_of.repeat_interleave(torch.tensor(sizes, device="cpu"))[:, None]
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a number, no bool, and neither NaN nor beyond what a float can say."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of integers without end
+        return False
 
 
 def lerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
@@ -80,6 +153,15 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     they are parallel, opposite or zero it is undefined, and the answer is that of ``lerp``.
     """
     return _exact_at_ends(a, b, weight, _slerp)
+
+
+def _paths(tree: Hierarchy, nodes: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(nodes, str):
+        raise ValueError(f"nodes must be a sequence of paths, got the text {nodes!r}")
+    nodes = tuple(nodes)  # a generator could be read only once
+    for path in nodes:
+        tree.node(path)
+    return nodes
 
 
 def _lineage(path: str) -> list[str]:

@@ -1,32 +1,31 @@
 """Pictures to embeddings and back: an adapter with its encoders beside a stock Flux pipeline."""
 
 import inspect
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from PIL import Image
 from torch import Tensor
 
-from sda_fast import cuda_graphs
+from sda_fast import cuda_graphs, pipeline_parts
 from sda_fast.adapter import SemanticAdapter
 from sda_fast.attachment import attach
 from sda_fast.coords import check_int
-from sda_fast.decode_arguments import check_guidance, one_of, refuse_filled, spread_seeds
+from sda_fast.decode_arguments import one_of, refuse_filled, sampling, spread_seeds
 from sda_fast.dense_mask import dense_mask
-from sda_fast.embedding import SemanticEmbedding
-from sda_fast.encoders import ImageEncoder
+from sda_fast.editors.result import Editor, EditResult
+from sda_fast.editors.t5 import EmbeddingEditor
+from sda_fast.embedding import MODES, SemanticEmbedding
 from sda_fast.fast_checks import check_model
 from sda_fast.fast_decode import FastDecoder
 from sda_fast.files import write_manifest
 from sda_fast.flux_inputs import patch_grid
 from sda_fast.flux_parts import check_plain
 from sda_fast.flux_prompt import prompt_of
-from sda_fast.images import Images, group_by_size
+from sda_fast.images import Images, fit_area, group_by_size, put_in_order
 from sda_fast.pipeline_folder import (
     ENCODER_SETTINGS,
     DecodeDefaults,
@@ -54,9 +53,10 @@ class SemanticPipeline:
         adapter: gives positions as wide as the transformer's text input.
         defaults: sizes, steps and guidance of ``decode``; None is 28 steps, guidance 3.5 and the
             size of the Flux pipeline, 1024 for FLUX.1.
+        editor: what ``edit`` uses; None for no such thing. ``pipe.editor = other`` replaces it.
 
     Raises:
-        ValueError: the two do not fit each other.
+        ValueError: they do not fit each other.
     """
 
     def __init__(
@@ -64,25 +64,16 @@ class SemanticPipeline:
         flux: FluxPipeline,
         adapter: SemanticAdapter,
         defaults: DecodeDefaults | None = None,
+        editor: Editor | None = None,
     ) -> None:
         self.flux: Any = flux
         self.adapter: Any = adapter
-        model = type(getattr(flux, "transformer", None))
-        if not issubclass(model, FluxTransformer2DModel):
-            raise ValueError(
-                "flux must be a diffusers pipeline with a FluxTransformer2DModel, "
-                f"got {type(flux).__name__} with {model.__name__}"
-            )
-        width = self.flux.transformer.config.joint_attention_dim
-        if self.adapter.config["out_features"] != width:
-            raise ValueError(
-                f"adapter must give positions of the {width} channels that flux takes, "
-                f"got out_features={self.adapter.config['out_features']}"
-            )
+        pipeline_parts.check_fit(flux, adapter)
         side = self.flux.default_sample_size * self.flux.vae_scale_factor
         self.defaults = defaults or DecodeDefaults(side, side)
         self._decoder: FastDecoder | None = None
         self._turn: Any = nullcontext()  # of threads, once there is a decoder
+        self.editor = editor
         patch_grid(self.defaults.height, self.defaults.width, self.patch, name="default ")
 
     @property
@@ -90,10 +81,27 @@ class SemanticPipeline:
         """Pixels along one image token: 16 for FLUX.1."""
         return self.flux.vae_scale_factor * 2
 
+    @property
+    def editor(self) -> Editor | None:
+        """What edits embeddings by words, or None.
+
+        Raises:
+            ValueError: one is set that was made for other embeddings.
+        """
+        return self._editor
+
+    @editor.setter
+    def editor(self, editor: Editor | None) -> None:
+        if editor is not None:
+            pipeline_parts.check_editor(editor, self.adapter)
+        self._editor = editor
+
     def to(self, *args: Any, **kwargs: Any) -> "SemanticPipeline":
-        """Move or cast FLUX, adapter and encoders in place, as ``torch.nn.Module.to``."""
-        self.flux.to(*args, **kwargs)
-        self.adapter.to(*args, **kwargs)
+        """Move or cast FLUX, adapter, encoders and editor in place, as ``torch.nn.Module.to``."""
+        reader = getattr(self.editor, "text_encoder", None)
+        for part in (self.flux, self.adapter, self.editor, reader):
+            if hasattr(part, "to"):
+                part.to(*args, **kwargs)
         return self
 
     def encode(self, images: Images) -> SemanticEmbedding:
@@ -104,6 +112,31 @@ class SemanticPipeline:
                 [0, 1].
         """
         return self.adapter.encode(images, graph=self._decoder is not None and self._decoder.graph)
+
+    def edit(
+        self,
+        emb: SemanticEmbedding | EditResult | Images,
+        instruction: str | Sequence[str],
+    ) -> EditResult:
+        """Edit pictures by words, in their embedding alone; ``decode`` draws what came out.
+
+        Args:
+            emb: embeddings, an earlier edit that this one goes on from, or pictures.
+            instruction: one for all pictures, or one for each.
+
+        Returns:
+            The new embedding, what was touched and what was there before.
+
+        Raises:
+            ValueError: the pipeline has no editor, or see ``Editor.edit``.
+        """
+        if self.editor is None:
+            raise ValueError("the pipeline has no editor: load one with editor=..., or set .editor")
+        known = isinstance(emb, (SemanticEmbedding, EditResult))
+        found = emb if known else self.encode(emb)
+        if isinstance(self.editor, EmbeddingEditor) and self._decoder is not None:
+            return self.editor.edit(found, instruction, graph=self._decoder.graph)
+        return self.editor.edit(found, instruction)
 
     def compile(self, graph: bool | None = None) -> "SemanticPipeline":
         """From now on decode by ``FastFlux``, and encode and decode as CUDA graphs.
@@ -139,15 +172,13 @@ class SemanticPipeline:
         check_int("batch", batch, 1)
         for height, width in sizes:
             patch_grid(height, width, self.patch)
-        tree, pooled = self.adapter.tree, self.adapter.pooled
-        channels = self.adapter.config.out_features
         for height, width in sizes:
-            if self.adapter.encoder is None:
-                vector = None if pooled is None else pooled.expand(batch, -1)
-                tokens = torch.zeros(batch, tree.num_tokens, channels)
-                emb = SemanticEmbedding(tokens, tree, vector)
-            else:
-                emb = self.encode(torch.full((batch, 3, height, width), 0.5))
+            grey = torch.full((batch, 3, height, width), 0.5)
+            emb = (
+                pipeline_parts.blank(self.adapter, batch)
+                if self.adapter.encoder is None
+                else self.encode(grey)
+            )
             self.decode(emb, height, width, steps=1, output="pt")
 
     @torch.no_grad()
@@ -191,20 +222,12 @@ class SemanticPipeline:
         output = one_of("output", options.pop("output", "pil"), ("pil", "pt"))
         attention = one_of("attention", options.pop("attention", "op"), ("op", "mask"))
         refuse_filled(options)
-        default = self.defaults
-        inputs: dict[str, Any] = {
-            "height": default.height if height is None else height,
-            "width": default.width if width is None else width,
-            "num_inference_steps": check_int("steps", default.steps if steps is None else steps, 1),
-            "guidance_scale": check_guidance(default.guidance if guidance is None else guidance),
-            "generator": [torch.Generator().manual_seed(s) for s in spread_seeds(seed, len(emb))],
-        }
-        height, width = inputs["height"], inputs["width"]
-        patch_grid(height, width, self.patch)
+        given = {"height": height, "width": width, "steps": steps, "guidance": guidance}
+        inputs = sampling(self.defaults, self.patch, given, spread_seeds(seed, len(emb)))
         inputs |= prompt_of(self.flux, emb, options.pop("text", None))
         if "max_area" in inspect.signature(self.flux.__call__).parameters:
             # Kontext would choose other sizes by itself
-            inputs |= {"max_area": height * width, "_auto_resize": False}
+            inputs |= {"max_area": inputs["height"] * inputs["width"], "_auto_resize": False}
         how = emb.tree, rule, options.pop("isolate_level", None)
         if self._decoder is not None and attention == "op":
             return self._decoder(self.flux, inputs | options, how, output)
@@ -242,8 +265,9 @@ class SemanticPipeline:
         groups = list(group_by_size(images))
         rows = [row for places, _ in groups for row in places]
         seeds = spread_seeds(seed, len(rows))
-        keep = height is None
-        sizes = [self._fit(*p.shape[-2:]) if keep else (height, width) for _, p in groups]
+        area = self.defaults.height * self.defaults.width
+        fitted = [fit_area(tuple(p.shape[-2:]), area, self.patch) for _, p in groups]
+        sizes = fitted if height is None else [(height, width)] * len(groups)
         if options.get("output") == "pt" and len(set(sizes)) > 1:
             raise ValueError(
                 "output must be 'pil' for pictures of different aspect ratios, or height and width "
@@ -253,11 +277,7 @@ class SemanticPipeline:
             self.decode(self.encode(pixels), *size, seed=[seeds[row] for row in places], **options)
             for (places, pixels), size in zip(groups, sizes, strict=True)
         ]
-        order = sorted(range(len(rows)), key=rows.__getitem__)
-        if isinstance(rebuilt[0], Tensor):
-            return torch.cat(rebuilt)[order]
-        pictures = [picture for group in rebuilt for picture in group]
-        return [pictures[place] for place in order]
+        return put_in_order(rebuilt, rows)
 
     def interpolate(
         self,
@@ -265,7 +285,7 @@ class SemanticPipeline:
         b: SemanticEmbedding | Images,
         steps: int = 5,
         *,
-        method: str = "slerp",
+        mode: str = "slerp",
         nodes: Sequence[str] | None = None,
         denoise_steps: int | None = None,
         **options: Any,
@@ -276,7 +296,7 @@ class SemanticPipeline:
             a: one picture, or a batch of one embedding.
             b: likewise.
             steps: how many pictures, a and b themselves included; at least 2.
-            method: "slerp" or "lerp" of the positions.
+            mode: "slerp" or "lerp" of the positions.
             nodes: paths of the nodes that change, with their descendants; None for all.
             denoise_steps: what ``decode`` calls steps.
             options: of ``decode``.
@@ -288,15 +308,13 @@ class SemanticPipeline:
             ValueError: an argument does not fit.
         """
         check_int("steps", steps, 2)
-        one_of("method", method, ("slerp", "lerp"))
-        nodes = None if nodes is None else tuple(nodes)  # each frame reads it
+        one_of("mode", mode, MODES)
         ends = [e if isinstance(e, SemanticEmbedding) else self.encode(e) for e in (a, b)]
         for name, end in zip("ab", ends, strict=True):
             if len(end) != 1:
                 raise ValueError(f"{name} must be one picture, got {len(end)}")
-        mix = getattr(ends[0], method)
-        way = [mix(ends[1], i / (steps - 1), nodes=nodes) for i in range(steps)]
-        return self.decode(SemanticEmbedding.cat(way), steps=denoise_steps, **options)
+        way = ends[0].interpolate(ends[1], steps, mode, nodes)
+        return self.decode(way, steps=denoise_steps, **options)
 
     @classmethod
     def from_pretrained(
@@ -307,6 +325,8 @@ class SemanticPipeline:
         adapter: Folder | None = None,
         clip: Folder | None = None,
         dino: Folder | None = None,
+        editor: Folder | None = None,
+        instructions: Folder | None = None,
         dtype: torch.dtype = torch.float32,
         encoder: dict[str, Any] | None = None,
         **flux_options: Any,
@@ -323,6 +343,9 @@ class SemanticPipeline:
             clip: a folder or hub id of the contrastive encoder.
             dino: a folder or hub id of the DINOv2 encoder. Without encoders the pipeline can only
                 decode.
+            editor: a folder or hub id of an EmbeddingEditor.
+            instructions: a folder or hub id of the InstructionEncoder that reads for it; None is
+                that of path, or FLUX's own T5.
             dtype: of all weights; ``torch_dtype`` is another name for it.
             encoder: settings of ``ImageEncoder`` (size, squash, ...) other than those of path.
             flux_options: to diffusers' ``from_pretrained``: ``text_encoder_2=None,
@@ -339,20 +362,14 @@ class SemanticPipeline:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be a torch.dtype, got {dtype!r}")
         given = {"flux": flux, "adapter": adapter, "clip": clip, "dino": dino}
+        given |= {"editor": editor, "instructions": instructions}
         parts, settings = find_parts(path, given, flux_options)
         offline = bool(flux_options.get("local_files_only"))
-        model = SemanticAdapter.from_pretrained(
-            parts["adapter"], dtype=dtype, local_files_only=offline
-        ).eval()
-        if parts["clip"] and parts["dino"]:
-            options = {**(settings.encoder or {}), **(encoder or {})}
-            model.set_encoder(
-                ImageEncoder.from_pretrained(
-                    parts["clip"], parts["dino"], dtype, offline, **options
-                )
-            )
+        options = {**(settings.encoder or {}), **(encoder or {})}
+        model = pipeline_parts.load_adapter(parts, options, dtype, offline)
         decoder = load_flux(parts["flux"], dtype, flux_options)
-        pipe = cls(decoder, model, settings.decode)
+        edits = pipeline_parts.load_editor(parts, decoder, dtype, offline)
+        pipe = cls(decoder, model, settings.decode, edits)
         if settings.patch not in (None, pipe.patch):
             raise ValueError(
                 f"flux must have {settings.patch} pixels to an image token, got {pipe.patch}"
@@ -360,15 +377,16 @@ class SemanticPipeline:
         return pipe
 
     def save_pretrained(self, path: Folder) -> None:
-        """Write ``flux/``, ``adapter/``, ``clip/``, ``dino/``, the settings and ``SHA256SUMS``.
+        """Write a folder for each part (``PARTS``), the settings and ``SHA256SUMS``.
 
         All is written beside path first and put in its place when whole. A pipeline saved there
         before is replaced, but files beside its parts stay; any other folder with something in it
         is refused.
 
         Raises:
-            ValueError: path is a file, such a folder or the working directory, or FLUX carries an
-                adapter or fused projections, which its config does not tell of.
+            ValueError: path is a file, such a folder or the working directory, FLUX carries an
+                adapter or fused projections, which its config does not tell of, or the editor is
+                no EmbeddingEditor.
         """
         check_plain(self.flux.components)
         encoder = self.adapter.encoder
@@ -376,15 +394,7 @@ class SemanticPipeline:
         settings = Settings(self.patch, self.defaults, about)
         with replaced_when_whole(path) as folder:
             self.flux.save_pretrained(folder / "flux")
-            self.adapter.save_pretrained(folder / "adapter")
-            if encoder is not None:
-                encoder.clip.save_pretrained(folder / "clip")
-                encoder.dino.save_pretrained(folder / "dino")
+            pipeline_parts.save_adapter(self.adapter, folder)
+            pipeline_parts.save_editor(self.editor, self.flux, folder)
             write_settings(folder, settings)
             write_manifest(folder)
-
-    def _fit(self, height: int, width: int) -> tuple[int, int]:
-        """The default area at the aspect ratio of a picture, in whole image tokens."""
-        scale = math.sqrt(self.defaults.height * self.defaults.width / (height * width))
-        rows, cols = (max(1, round(side * scale / self.patch)) for side in (height, width))
-        return rows * self.patch, cols * self.patch

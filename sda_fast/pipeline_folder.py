@@ -1,7 +1,8 @@
 """The folder of a saved pipeline: its layout, settings and checksums, and the FLUX in it.
 
 ``flux/`` is a stock Flux pipeline, ``adapter/`` a SemanticAdapter, ``clip/`` and ``dino/`` are
-vision encoders, ``semantic_pipeline.json`` holds settings, ``SHA256SUMS`` all checksums.
+vision encoders, ``editor/`` an EmbeddingEditor and ``instructions/`` what reads for it, both
+optional; ``semantic_pipeline.json`` holds settings, ``SHA256SUMS`` all checksums.
 """
 
 import json
@@ -32,7 +33,8 @@ ENCODER_SETTINGS = ("size", "clip_mean", "clip_std", "dino_mean", "dino_std", "s
 
 # of diffusers' from_pretrained, for the repository that is fetched
 FLUX_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "proxies")
-PARTS = ("flux", "adapter", "clip", "dino")  # folders of a saved pipeline
+OPTIONAL = ("editor", "instructions")
+PARTS = ("flux", "adapter", "clip", "dino", *OPTIONAL)  # folders of a saved pipeline
 
 Folder = str | PathLike[str]
 
@@ -72,7 +74,7 @@ class Settings:
 def find_parts(
     path: Folder | None, given: dict[str, Folder | None], hub: dict[str, Any]
 ) -> tuple[dict[str, Any], Settings]:
-    """Where flux, adapter, clip and dino come from, and the settings of path.
+    """Where each of PARTS comes from, or None, and the settings of path.
 
     Args:
         path: a saved pipeline, or None; with nothing given either it is the shipped one.
@@ -92,14 +94,15 @@ def find_parts(
                 f"{', '.join(lost)} must come with folders, as only flux is fetched with it, got "
                 f"the hub id {str(part)!r} as {name}: download it and give its folder"
             )
-    parts: dict[str, Any] = dict(given)
+    parts: dict[str, Any] = dict.fromkeys(PARTS) | given
     settings = Settings()
     if path is not None or not any(given.values()):
         root = find_root(SHIPPED if path is None else path, bool(hub.get("local_files_only")))
         root = root.absolute()  # so that no part that is missing looks like a hub id
         settings = read_settings(root)
-        own = parts if settings.encoder else ("flux", "adapter")
-        parts |= {name: given[name] or root / name for name in own}
+        own = ("flux", "adapter", *(("clip", "dino") if settings.encoder else ()))
+        own += tuple(name for name in OPTIONAL if (root / name).is_dir())
+        parts |= {name: given.get(name) or root / name for name in own}
     if not (parts["flux"] and parts["adapter"]) or bool(parts["clip"]) != bool(parts["dino"]):
         raise ValueError(
             "from_pretrained must be given path, or flux and adapter, and clip together with dino "

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -158,11 +158,22 @@ def write_safetensors(path: str | PathLike[str], tensors: dict[str, torch.Tensor
     write_whole(file, save({name: t.detach().contiguous() for name, t in tensors.items()}))
 
 
+def fingerprint(module: nn.Module) -> str:
+    """``digest`` of the weights as bfloat16: the same for a model in any dtype it was saved in."""
+    state = {name: t.to(torch.bfloat16) for name, t in module.state_dict().items()}
+    return _digest([state])
+
+
 def digest(*modules: nn.Module) -> str:
     """sha256 over the modules' weights, by name and value, in hex."""
+    return _digest([module.state_dict() for module in modules])
+
+
+def _digest(states: Iterable[Mapping[str, torch.Tensor]]) -> str:
     sha = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
+    for state in states:
+        for name, tensor in sorted(state.items()):
             sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            sha.update(raw.numpy().tobytes())
     return sha.hexdigest()

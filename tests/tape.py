@@ -38,6 +38,10 @@ class Tape:
             held.copy_(given)
         return self.operators(*self.inputs).clone()
 
+    def repeat(self) -> None:
+        assert not self.released
+        self.operators(*self.inputs)
+
     def release(self) -> None:
         self.released = True
 

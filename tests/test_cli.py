@@ -8,15 +8,12 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from sda_fast.cli import app
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.pipeline import SemanticPipeline
+from tests.command_line import BAD_INPUT, FAILED, lines, pixels, run, write_noise
 from tests.tiny_scenes import STEPS, tiny_scenes_pipeline
-
-OK, FAILED, BAD_INPUT = 0, 1, 2
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +33,8 @@ def pipe(model):
 @pytest.fixture
 def pictures(tmp_path):
     """Two pictures, the second twice as wide as high."""
-    paths = [tmp_path / "a.png", tmp_path / "b.png"]
-    for path, size in zip(paths, ((32, 32), (48, 24)), strict=True):
-        generator = torch.Generator().manual_seed(size[0])
-        pixels = torch.randint(256, (*size[::-1], 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(path)
-    return paths
-
-
-def run(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def lines(result):
-    assert result.exit_code == OK, result.stderr
-    return result.stdout.splitlines()
-
-
-def pixels(picture):
-    return picture.size, picture.tobytes()
+    sizes = {"a.png": (32, 32), "b.png": (48, 24)}
+    return [write_noise(tmp_path / name, size) for name, size in sizes.items()]
 
 
 def test_reconstruct_writes_what_the_pipeline_draws_and_prints_paths_alone(
@@ -88,6 +68,16 @@ def test_encode_then_decode(model, pipe, pictures, tmp_path):
     assert pixels(Image.open(decoded)) == pixels(pipe.decode(emb)[0])
 
 
+def test_decode_reads_the_first_levels_alone(model, pipe, pictures, tmp_path):
+    emb = pipe.encode(pictures[0])
+    emb.save(tmp_path / "a.safetensors")
+    flags = "--model", model, "--out", tmp_path
+    [path] = lines(run("decode", tmp_path / "a.safetensors", "--levels", 2, *flags))
+    [expected] = pipe.decode(emb.truncate(2))
+    assert pixels(Image.open(path)) == pixels(expected)
+    assert pixels(expected) != pixels(pipe.decode(emb)[0])
+
+
 def test_decode_numbers_the_pictures_of_a_batch(model, pipe, pictures, tmp_path):
     file = tmp_path / "both.safetensors"
     emb = pipe.encode(pictures)
@@ -99,18 +89,6 @@ def test_decode_numbers_the_pictures_of_a_batch(model, pipe, pictures, tmp_path)
     ]
     for path, expected in zip(found, pipe.decode(emb), strict=True):
         assert pixels(Image.open(path)) == pixels(expected)
-
-
-def test_interpolate_takes_pictures_and_embeddings(model, pipe, pictures, tmp_path):
-    a, b = (pipe.encode(p) for p in pictures)
-    b.save(tmp_path / "b.safetensors")
-    flags = "--frames", 3, "--node", "/1", "--method", "lerp", "--model", model, "--out", tmp_path
-    *frames, strip = lines(run("interpolate", pictures[0], tmp_path / "b.safetensors", *flags))
-    expected = pipe.interpolate(a, b, 3, method="lerp", nodes=["/1"])
-    assert [pixels(Image.open(f)) for f in frames] == [pixels(e) for e in expected]
-    assert frames[0].endswith("a-to-b.0.png")
-    assert pixels(expected[0]) != pixels(expected[2])
-    assert Image.open(strip).width > 3 * 128
 
 
 def test_files_of_one_name_do_not_replace_each_other(model, pictures, tmp_path):
@@ -191,6 +169,8 @@ def bad_command(kind, model, pictures, tmp_path):
     torn.write_bytes(torn.read_bytes()[:900])
     emb = tmp_path / "torn.safetensors"
     emb.write_bytes(b"\x40" + bytes(30))
+    whole = tmp_path / "whole.safetensors"
+    SemanticEmbedding(torch.zeros(1, 28, 16), Hierarchy((4, 2, 1))).save(whole)
     return {
         "no picture": (["reconstruct", good, tmp_path / "none.png"], "none.png"),
         "torn picture": (["encode", good, torn], "torn.jpg"),
@@ -203,7 +183,8 @@ def bad_command(kind, model, pictures, tmp_path):
             "30",
         ),
         "node": (["interpolate", good, good, "--node", "/9", "--model", model], "/9"),
-        "method": (["interpolate", good, good, "--method", "cut", "--model", model], "cut"),
+        "mode": (["interpolate", good, good, "--mode", "cut", "--model", model], "cut"),
+        "levels": (["decode", whole, "--levels", 4, "--model", model], "levels must be 1 to 3"),
         "steps": (["reconstruct", good, "--steps", 0], "--steps"),
         "one frame": (["interpolate", good, good, "--frames", 1], "--frames"),
         "no command": (["rebuild", good], "rebuild"),
@@ -221,7 +202,8 @@ def bad_command(kind, model, pictures, tmp_path):
         "height alone",
         "odd size",
         "node",
-        "method",
+        "mode",
+        "levels",
         "steps",
         "one frame",
         "no command",

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from sda_fast.losses import cosine_penalty, flow_matching_loss, resolution_shift, sample_t
+from sda_fast.losses import (
+    cosine_penalty,
+    edit_loss,
+    flow_matching_loss,
+    resolution_shift,
+    sample_t,
+)
 
 
 def test_flow_matching_loss_is_zero_for_the_true_velocity_and_follows_the_path():
@@ -107,3 +113,56 @@ def test_losses_name_what_does_not_fit():
         sample_t(0, 64)
     with pytest.raises(ValueError, match="std must be positive"):
         sample_t(1, 64, std=0.0)
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_edit_loss_agrees_with_its_formula_and_is_zero_at_the_target():
+    predicted, target = drawn(2, 3, 5, 7)
+    wanted = []
+    for ours, theirs in zip(predicted.double(), target.double(), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            cosine = a @ b / (a.norm() * b.norm())
+            wanted.append(0.5 * ((a - b) ** 2).mean() + 0.5 * (1 - cosine))
+    torch.testing.assert_close(edit_loss(predicted, target).double(), torch.stack(wanted).mean())
+    torch.testing.assert_close(edit_loss(target, target).item(), 0.0, atol=1e-6, rtol=0)
+    # length and direction both count
+    power = target.square().mean().item()
+    for scale, cosine in ((2, 1), (0, 0), (-1, -1)):
+        found = edit_loss(scale * target, target).item()
+        assert found == pytest.approx(0.5 * (scale - 1) ** 2 * power + 0.5 * (1 - cosine), rel=1e-5)
+
+
+def test_edit_loss_of_some_positions_is_that_of_each_sample_alone():
+    predicted, target = drawn(2, 3, 5, 7)
+    where = torch.tensor([[1, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()
+    alone = [
+        edit_loss(predicted[i : i + 1, where[i]], target[i : i + 1, where[i]]) for i in range(2)
+    ]
+    torch.testing.assert_close(edit_loss(predicted, target, where), sum(alone) / 3)
+    leaf = predicted.clone().requires_grad_()
+    edit_loss(leaf, target, where).backward()
+    assert torch.equal(leaf.grad.any(-1), where)
+
+
+def test_edit_loss_is_taken_in_float32():
+    predicted, target = drawn(2, 3, 5, 64).bfloat16()
+    loss = edit_loss(predicted, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, edit_loss(predicted.float(), target.float()))
+
+
+@pytest.mark.parametrize(
+    ("predicted", "target", "where", "message"),
+    [
+        ((2, 3, 4), (2, 3, 5), None, r"predicted and target must be .* got \(2, 3, 4\)"),
+        ((2, 3), (2, 3), None, r"must be \[B, N, C\] of one shape, got \(2, 3\)"),
+        ((2, 3, 4), (2, 3, 4), (2, 4), r"where must be \(2, 3\).* got \(2, 4\)"),
+    ],
+)
+def test_edit_loss_refuses(predicted, target, where, message):
+    where = None if where is None else torch.ones(where, dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        edit_loss(torch.zeros(predicted), torch.zeros(target), where)

@@ -300,7 +300,7 @@ def test_interpolate(pipe):
     # a quadrant alone, from embeddings
     ends = pipe.encode([a, b])
     way = pipe.interpolate(
-        ends.select(0), ends.select(1), 2, method="lerp", nodes=["/1"], output="pt"
+        ends.select(0), ends.select(1), 2, mode="lerp", nodes=["/1"], output="pt"
     )
     mixed = ends.select(0).transplant(ends.select(1), "/1")
     torch.testing.assert_close(way[1:], pipe.decode(mixed, output="pt"), **CLOSE)
@@ -308,5 +308,5 @@ def test_interpolate(pipe):
         pipe.interpolate(a, [a, b])
     with pytest.raises(ValueError, match="steps must be an integer >= 2"):
         pipe.interpolate(a, b, 1)
-    with pytest.raises(ValueError, match="method must be one of slerp, lerp"):
-        pipe.interpolate(a, b, method="mean")
+    with pytest.raises(ValueError, match="mode must be one of slerp, lerp"):
+        pipe.interpolate(a, b, mode="mean")

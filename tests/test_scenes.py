@@ -8,7 +8,7 @@ import torch
 
 from sda_fast.scenes import captions, edits
 from sda_fast.scenes.captions import CELLS, COLUMNS, SYNONYMS, caption, place
-from sda_fast.scenes.edits import OPERATIONS, sample_edits
+from sda_fast.scenes.edits import OPERATIONS, held_out_operation, sample_edits
 from sda_fast.scenes.render import coverage, render
 from sda_fast.scenes.score import Sums, ceiling, iou, match, psnr, row, score
 from sda_fast.scenes.world import (
@@ -27,6 +27,7 @@ from sda_fast.scenes.world import (
 
 WORLDS = [pytest.param(SMALL, id="small"), pytest.param(FULL, id="full")]
 SPLITS = ("train", "test", "held_out_pairs", "held_out_count")
+EDIT_SPLITS = (*SPLITS, "held_out_operations")
 
 
 def assert_legal(scene):
@@ -235,7 +236,7 @@ def obey(source, instruction):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", EDIT_SPLITS)
 def test_source_and_instruction_give_the_target(world, split):
     drawn = sample_edits(world, split, 5, 120)
     assert drawn == sample_edits(world, split, 5, 120)
@@ -249,12 +250,14 @@ def test_source_and_instruction_give_the_target(world, split):
     allowed = set(OPERATIONS)
     if world is SMALL and split == "held_out_count":
         allowed.remove("add")  # five objects are none of its counts
+    if world is SMALL and split == "held_out_operations":
+        allowed.remove("replace")  # it is held out of diamonds
     assert {edit.operation for edit in drawn} == allowed
     assert len(set(edits.WORDS)) == len(edits.WORDS)
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", EDIT_SPLITS)
 def test_targets_are_legal(world, split):
     for edit in sample_edits(world, split, 6, 120):
         assert_legal(edit.target)
@@ -269,6 +272,32 @@ def test_targets_are_legal(world, split):
         holder = edit.target if edit.operation == "add" else edit.source
         other = edit.source if edit.operation == "add" else edit.target
         assert holder.objects[index] not in other.objects
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("split", EDIT_SPLITS)
+def test_each_shape_has_an_operation_that_is_never_trained_on_it(world, split):
+    drawn = sample_edits(world, split, 8, 120)
+    kept = {held_out_operation(edit.shape) == edit.operation for edit in drawn}
+    assert kept == {split == "held_out_operations"}
+    seen = {(edit.shape, edit.operation) for edit in drawn}
+    if split == "held_out_operations":
+        assert seen == {(shape, held_out_operation(shape)) for shape in SHAPES[: world.shapes]}
+    else:
+        # whatever is held out of a shape, others are trained on it
+        assert {shape for shape, _ in seen} == set(SHAPES[: world.shapes])
+    assert sample_edits(world, split, 8, 7) == drawn[:7]
+
+
+def test_a_scene_without_such_an_edit_is_passed_over():
+    sources = sample_scenes(SMALL, "test", 8, 400)
+    circles = [
+        s for s in sources if len(s.objects) == 3 and {o.shape for o in s.objects} == {"circle"}
+    ]
+    assert circles
+    edited = {edit.source for edit in sample_edits(SMALL, "held_out_operations", 8, 400)}
+    assert not edited & set(circles)
+    assert len(edited & set(sources)) > 300
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -178,13 +178,13 @@ def _make(painter: _Painter, subjects: _Subjects, clock: _Clock) -> Demo:
     with clock.timed("encode"), working(painter.progress, "encoding"):
         emb = painter.pipe.encode(subjects.sources)
     ends = emb.select(a), emb.select(b)
-    way = [ends[0].slerp(ends[1], i / (FRAMES - 1)) for i in range(FRAMES)]
+    way = ends[0].interpolate(ends[1], FRAMES)
     paths = QUADRANTS if emb.tree.num_levels > 1 else ("/",)
     mixed = [ends[0].transplant(ends[1], node) for node in paths]
     with clock.timed("rebuild"):
         rebuilt = painter.draw(emb, size, "rebuilding")
     with clock.timed("interpolate"):
-        frames = painter.draw(SemanticEmbedding.cat(way), size, "interpolating")
+        frames = painter.draw(way, size, "interpolating")
     with clock.timed("transplant"):
         transplants = painter.draw(SemanticEmbedding.cat(mixed), size, "transplanting")
     return Demo(

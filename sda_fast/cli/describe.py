@@ -8,7 +8,8 @@ from typing import Any
 from safetensors import safe_open
 
 from sda_fast.cli.terminal import quiet
-from sda_fast.embedding import METADATA_KEY, SemanticEmbedding
+from sda_fast.embedding import SemanticEmbedding
+from sda_fast.embedding_file import METADATA_KEY
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.weights import check_safetensors, read_config
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+from torch import Tensor
 
 from sda_fast.files import write_whole
 from sda_fast.hierarchy import Hierarchy
@@ -18,6 +19,8 @@ PAPER, INK, FAINT = "#16181d", "#f2f3f5", "#9aa1ad"
 GAP, HEAD, LABEL = 10, 48, 32
 """Pixels: between tiles, of the title, of the words under a tile."""
 TITLE_SIZE, LABEL_SIZE = 20, 13
+RIM = 3
+"""Pixels: of the outline of an area."""
 TILE = 192
 """Longer side of a picture on a sheet, in pixels, as near as whole multiples allow."""
 
@@ -80,6 +83,22 @@ def draw_node(picture: Image.Image, tree: Hierarchy, path: str) -> Image.Image:
     canvas = ImageDraw.Draw(drawn)
     canvas.rectangle(box, outline="#000000", width=width + 2)
     canvas.rectangle(box, outline=LEVEL_COLORS[level], width=width)
+    return drawn
+
+
+def draw_area(picture: Image.Image, area: Tensor) -> Image.Image:
+    """Outline a part of a picture, whatever its shape.
+
+    Args:
+        picture: RGB, already as large as it will be shown.
+        area: bool [height, width] of the picture, on the CPU.
+
+    Returns:
+        A new picture of the same size.
+    """
+    drawn = picture.convert("RGB")
+    for width, color in ((RIM + 2, "#000000"), (RIM, LEVEL_COLORS[0])):
+        drawn.paste(color, mask=_rim(area, width))
     return drawn
 
 
@@ -151,6 +170,32 @@ def save_png(picture: Image.Image, path: str | PathLike[str]) -> Path:
     stream = io.BytesIO()
     picture.save(stream, format="PNG", optimize=True)
     return write_whole(path, stream.getvalue())
+
+
+def save_gif(
+    pictures: Sequence[Image.Image], path: str | PathLike[str], milliseconds: int = 150
+) -> Path:
+    """Write an endless GIF, whole or not at all; the folder must be there.
+
+    Args:
+        pictures: its frames, at least one, of one size; a GIF keeps 256 colours of each.
+        path: what is there already is replaced.
+        milliseconds: for which a frame stays; the format counts in tens of them. Equal neighbours
+            become one frame that stays for the time of all.
+    """
+    stream = io.BytesIO()
+    first, *rest = pictures
+    first.save(
+        stream, format="GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0
+    )
+    return write_whole(path, stream.getvalue())
+
+
+def _rim(area: Tensor, width: int) -> Image.Image:
+    """A mask of the outermost pixels of an area; beyond the picture is outside."""
+    whole = ImageOps.expand(Image.fromarray(area.byte().mul(255).numpy()), width)
+    inner = whole.filter(ImageFilter.MinFilter(2 * width + 1))
+    return ImageOps.crop(ImageChops.subtract(whole, inner), width)
 
 
 def _line(

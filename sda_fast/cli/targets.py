@@ -1,8 +1,11 @@
 """Where the results of a command go: files of one folder, never an input."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import typer
 
 
 def result_files(out: Path, inputs: Sequence[Path], suffix: str) -> list[Path]:
@@ -40,3 +43,11 @@ def check_folder(out: Path) -> None:
     for path in (out, *out.parents):
         if os.path.lexists(path) and not path.is_dir():
             raise NotADirectoryError(f"--out must be a folder, got {out}, but {path} is none")
+
+
+def save_pictures(pictures: Iterable[Any], targets: Sequence[Path]) -> None:
+    """Write PIL images as PNG, each whole or not at all, and print where."""
+    from sda_fast.cli.sheets import save_png
+
+    for picture, target in zip(pictures, targets, strict=True):
+        typer.echo(save_png(picture, target))

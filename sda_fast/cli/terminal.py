@@ -54,12 +54,31 @@ def steps_shown(progress: Progress, words: str, total: int) -> StepCallback:
     return advance
 
 
-def load_pipeline(model: str, progress: Progress) -> "SemanticPipeline":
-    """Load a pipeline without its T5, which nothing here needs, and without other bars.
+def sampling_shown(
+    pipe: "SemanticPipeline",
+    progress: Progress,
+    words: str,
+    steps: int | None,
+    guidance: float | None,
+    rule: str,
+) -> dict[str, Any]:
+    """Options of ``decode``, with a bar that moves at each step."""
+    callback = steps_shown(progress, words, steps or pipe.defaults.steps)
+    return {
+        "steps": steps,
+        "guidance": guidance,
+        "rule": rule,
+        "callback_on_step_end": callback,
+    }
+
+
+def load_pipeline(model: str, progress: Progress, with_t5: bool = False) -> "SemanticPipeline":
+    """Load a pipeline without other bars.
 
     Args:
         model: "scenes", or a folder or hub id of a saved pipeline.
         progress: where to show that it loads.
+        with_t5: whether to load FLUX's T5, too: only an editor may need it, to read instructions.
 
     Raises:
         ValueError: see ``SemanticPipeline.from_pretrained``.
@@ -68,7 +87,8 @@ def load_pipeline(model: str, progress: Progress) -> "SemanticPipeline":
     with working(progress, f"loading {model}"), quiet():
         from sda_fast.pipeline import SemanticPipeline
 
-        pipe = SemanticPipeline.from_pretrained(model, text_encoder_2=None, tokenizer_2=None)
+        without: dict[str, Any] = {} if with_t5 else {"text_encoder_2": None, "tokenizer_2": None}
+        pipe = SemanticPipeline.from_pretrained(model, **without)
     pipe.flux.set_progress_bar_config(disable=True)
     return pipe
 
@@ -85,18 +105,15 @@ def load_adapter(model: str, progress: Progress) -> "SemanticAdapter":
         OSError: likewise.
     """
     with working(progress, f"loading {model}"), quiet():
-        from sda_fast.adapter import SemanticAdapter
-        from sda_fast.encoders import ImageEncoder
+        from sda_fast import pipeline_parts
         from sda_fast.pipeline_folder import find_root, read_settings
 
         root = find_root(model)
         settings = read_settings(root)
         if settings.encoder is None:
             raise ValueError(f"model must have encoders to encode with, got {root} without them")
-        adapter = SemanticAdapter.from_pretrained(root / "adapter").eval()
-        encoder = ImageEncoder.from_pretrained(root / "clip", root / "dino", **settings.encoder)
-        adapter.set_encoder(encoder)
-    return adapter
+        parts = {name: root / name for name in ("adapter", "clip", "dino")}
+        return pipeline_parts.load_adapter(parts, settings.encoder)
 
 
 @contextmanager

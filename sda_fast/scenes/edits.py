@@ -1,7 +1,7 @@
 """Exact edit pairs: a scene, an instruction, and the scene that the instruction makes of it."""
 
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,6 +24,8 @@ from sda_fast.scenes.world import (
 Box = tuple[float, float, float, float]
 Operation = Literal["add", "remove", "recolour", "move", "replace"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+EditSplit = Literal["train", "test", "held_out_pairs", "held_out_count", "held_out_operations"]
+"""The splits of scenes, and one of edits whose operation is never trained on their shape."""
 FORMS: dict[Operation, tuple[str, ...]] = {
     "add": ("add a {new} at {cell}", "put a {new} at {cell}", "at {cell} add a {new}"),
     "remove": ("remove {old}", "delete {old}", "take {old} away"),
@@ -40,6 +42,8 @@ FAR = 0.125
 """A move goes at least this far, in units of the picture's side."""
 TRIES = 30
 """Draws of one operation before another is tried: a free place is rare, and adds should not be."""
+ROUNDS = 40
+"""Operations that are tried on a source before it is passed over."""
 BLUR = 0.04
 """How far beyond its box an object may tint pixels, in units of the side, from 32 pixels on."""
 
@@ -65,33 +69,97 @@ class Edit:
     object_index: int
     boxes: tuple[Box, ...]
 
+    @property
+    def shape(self) -> str:
+        """Of the object concerned."""
+        scene = self.target if self.operation == "add" else self.source
+        return scene.objects[self.object_index].shape
 
-def sample_edits(world: World, split: Split, seed: int, n: int) -> list[Edit]:
+
+def held_out_operation(shape: str) -> Operation:
+    """The one operation that is never trained on objects of a shape.
+
+    Adding a shape is an operation on the new object, all others are on the one that was there.
+    """
+    return OPERATIONS[SHAPES.index(shape) % len(OPERATIONS)]
+
+
+def sample_edits(world: World, split: EditSplit, seed: int, n: int) -> list[Edit]:
     """Draw n edits; the same arguments give the same edits on every machine.
 
     The sources are sample_scenes(world, split, seed, n). New places are the middles of cells, so
     that an instruction tells them exactly. In the splits "train" and "test" a target is a scene
     like the sources: its number of objects is one of world.counts and its pairs of shape and
     colour are trained ones. In "held_out_count" the source's own number is allowed too; in
-    "held_out_pairs" what an edit brings in or recolours becomes a held-out pair.
+    "held_out_pairs" what an edit brings in or recolours becomes a held-out pair. In
+    "held_out_operations" the sources are test scenes, those passed over of which no such edit is
+    found, and each edit is the ``held_out_operation`` of its object's shape; in all other splits
+    none is.
 
     Args:
         world: the part of the grammar to draw from.
-        split: see world.Split.
+        split: see above and world.Split.
         seed: any integer >= 0.
         n: how many.
 
     Raises:
         ValueError: an unknown split, or a negative seed or n.
     """
-    sources = sample_scenes(world, split, seed, n)
-    splits = get_args(Split)
+    return [edit for (edit,) in sample_chains(world, split, seed, n, length=1)]
+
+
+def sample_chains(
+    world: World, split: EditSplit, seed: int, n: int, length: int
+) -> list[tuple[Edit, ...]]:
+    """Draw n chains of edits, each of which starts from the scene that the one before it made.
+
+    The first sources are those of sample_edits; one of which no chain is found is passed over.
+
+    Args:
+        world: see sample_edits, and so split, seed and n.
+        split: see there.
+        seed: see there.
+        n: see there.
+        length: edits of a chain.
+
+    Raises:
+        ValueError: an unknown split, a negative seed or n, or length is below 1.
+    """
+    if split not in get_args(EditSplit):
+        raise ValueError(f"split must be one of {get_args(EditSplit)}, got {split!r}")
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+    of_scenes: Split = "test" if split == "held_out_operations" else split
     # a stream of its own, apart from those of the scenes
-    rng = np.random.Generator(np.random.PCG64([len(splits) + splits.index(split), seed]))
-    return [_sample_edit(world, split, source, rng) for source in sources]
+    stream = len(get_args(Split)) + get_args(EditSplit).index(split)
+    count = n
+    while True:
+        sources = sample_scenes(world, of_scenes, seed, count)
+        rng = np.random.Generator(np.random.PCG64([stream, seed]))
+        drawn = (_sample_chain(world, split, source, rng, length) for source in sources)
+        chains = list(islice((chain for chain in drawn if chain is not None), n))
+        if len(chains) == n:
+            return chains
+        count *= 2
 
 
-def _sample_edit(world: World, split: Split, source: Scene, rng: np.random.Generator) -> Edit:
+def _sample_chain(
+    world: World, split: EditSplit, source: Scene, rng: np.random.Generator, length: int
+) -> tuple[Edit, ...] | None:
+    """Draw edits one after the other; None if a scene on the way allows none."""
+    chain: list[Edit] = []
+    while len(chain) < length:
+        edit = _sample_edit(world, split, chain[-1].target if chain else source, rng)
+        if edit is None:
+            return None
+        chain.append(edit)
+    return tuple(chain)
+
+
+def _sample_edit(
+    world: World, split: EditSplit, source: Scene, rng: np.random.Generator
+) -> Edit | None:
+    """Draw an edit of a scene; None if it allows none, as three circles when they are held out."""
     pairs = [
         (shape, color)
         for shape in SHAPES[: world.shapes]
@@ -99,13 +167,15 @@ def _sample_edit(world: World, split: Split, source: Scene, rng: np.random.Gener
         if world.held_out(shape, color) == (split == "held_out_pairs")
     ]
     counts = {*world.counts, len(source.objects)}
-    while True:
+    held_out = split == "held_out_operations"
+    for _ in range(ROUNDS):
         operation = OPERATIONS[rng.integers(len(OPERATIONS))]
         after = len(source.objects) + {"add": 1, "remove": -1}.get(operation, 0)
         for _ in range(TRIES if after in counts else 0):
             edit = _try_edit(operation, source, pairs, rng)
-            if edit is not None:
+            if edit is not None and (held_out_operation(edit.shape) == operation) == held_out:
                 return edit
+    return None
 
 
 def _try_edit(

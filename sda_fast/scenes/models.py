@@ -18,6 +18,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from sda_fast.scenes import edits
 from sda_fast.scenes.captions import WORDS
 from sda_fast.scenes.vae import SpaceToDepthVAE
 from sda_fast.scenes.world import World
@@ -28,12 +29,21 @@ WIDTH = 96
 """Channels of the text encoder's output, hence of an embedding position."""
 POOLED = 32
 """Channels of the pooled vector. It carries nothing here: it is always zero."""
+MASK = "<mask>"
+"""The token of instructions that stands for a word to be filled in."""
 
 
-def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Return a word-level tokenizer of the caption grammar; "g-12" is two tokens."""
-    special = ("<pad>", "</s>", "<unk>")
-    pieces = [*special, *(word for word in WORDS)]
+def build_tokenizer(
+    world: World, words: tuple[str, ...] = WORDS, special: tuple[str, ...] = ()
+) -> PreTrainedTokenizerFast:
+    """Return a word-level tokenizer of the caption grammar; "g-12" is two tokens.
+
+    Args:
+        world: whose longest caption fits.
+        words: that it knows.
+        special: more tokens, after those for padding, end and unknown words.
+    """
+    pieces = ["<pad>", "</s>", "<unk>", *special, *words]
     tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(pieces)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Sequence(
         [WhitespaceSplit(), Split(Regex("-"), behavior="merged_with_previous")]
@@ -83,20 +93,7 @@ def build_flux(world: World) -> FluxPipeline:
         axes_dims_rope=(8, 12, 12),
     )
     tokenizer = build_tokenizer(world)
-    text_encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=WIDTH,
-            d_kv=24,
-            d_ff=256,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    )
+    text_encoder = T5EncoderModel(_text_config(len(tokenizer)))
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=SpaceToDepthVAE(),
@@ -105,6 +102,30 @@ def build_flux(world: World) -> FluxPipeline:
         text_encoder_2=text_encoder,
         tokenizer_2=tokenizer,
         transformer=transformer,
+    )
+
+
+def build_instruction_encoder(world: World) -> tuple[PreTrainedTokenizerFast, T5EncoderModel]:
+    """Return the tokenizer and an untrained encoder of instructions, which may be captions too.
+
+    It is to be trained by filling in masked words.
+    """
+    tokenizer = build_tokenizer(world, edits.WORDS, (MASK,))
+    return tokenizer, T5EncoderModel(_text_config(len(tokenizer)))
+
+
+def _text_config(words: int) -> T5Config:
+    return T5Config(
+        vocab_size=words,
+        d_model=WIDTH,
+        d_kv=24,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
     )
 
 
