@@ -7,6 +7,9 @@ import typer
 
 SUITES = {
     "attention": "joint attention under the hierarchy: time and memory against its competitors",
+    "claims": "the claims of the work, each with a verdict, by adapters trained for it",
+    "edit": "unseen scenes edited by words, judged exactly, beside other ways to edit",
+    "edit-speed": "embedding and instruction to embedding: time of each mode of the editor",
     "encode": "picture to embedding with encoders of full size: time of each stage",
     "flux": "steps of a full-size FLUX: FastFlux and diffusers, lever by lever",
     "flux-train": "forward and gradient of the embedding through a frozen full-size FLUX",

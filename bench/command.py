@@ -34,6 +34,7 @@ def command(
     suite: type[Suite],
     variants: Mapping[str, Any],
     select: Callable[[str], Sequence[Any]],
+    at_home: str | None = None,
 ) -> Callable[..., None]:
     """The ``main`` of a suite.
 
@@ -43,7 +44,9 @@ def command(
         suite: what measures.
         variants: all that can take part, by name.
         select: the cases of a list; it knows the groups "goals" and "small".
+        at_home: its group of cases that count as results without a GPU; None: there are none.
     """
+    of_cpu = [] if at_home is None else select(at_home)
 
     def main(
         cases: Annotated[
@@ -61,8 +64,9 @@ def command(
         start = time.monotonic()
         device = current_device()
         try:
-            chosen = select(cases or ("small" if small else "goals"))
-            refuse_without_gpu(device, small)
+            usual = "goals" if device.type == "cuda" or at_home is None else at_home
+            chosen = select(cases or ("small" if small else usual))
+            refuse_without_gpu(device, small or all(case in of_cpu for case in chosen))
             competing = choose(variants, known)
         except ValueError as error:
             print(f"bench {name}: {error}")

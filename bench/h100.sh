@@ -49,11 +49,14 @@ joint_gpu="test_joint_gpu test_bench_measure"
 rope3d="test_rope3d_kernels test_qformer_kernels"
 rope3d_gpu="test_rope3d_gpu test_cuda_graphs_gpu"
 flux="test_joint_kernels test_norm_rope_kernels test_modulation_kernels"
+edit="test_bench_edit_speed"
+edit_gpu="test_cuda_graphs_gpu test_bench_edit_speed_gpu"
 flux_gpu="test_norm_rope_gpu test_modulation_gpu test_fp8_linear_gpu test_fast_flux_gpu"
 anywhere= on_gpu=
 for suite in "$@"; do
   case ${suite%% *} in
     attention) anywhere+=" $joint" on_gpu+=" $joint_gpu" ;;
+    edit-speed) anywhere+=" $edit" on_gpu+=" $edit_gpu" ;;
     qformer | encode) anywhere+=" $rope3d" on_gpu+=" $rope3d_gpu" ;;
     flux | flux-train) anywhere+=" $flux" on_gpu+=" $flux_gpu" ;;
     training) anywhere+=" $flux $rope3d" on_gpu+=" $flux_gpu $rope3d_gpu test_train_gpu" ;;

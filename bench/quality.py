@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from bench.bootstrap import bootstrap as intervals
 from bench.inversion import invert
 from bench.records import Record, append_record, commit, versions
 from bench.report import quality_tables
@@ -44,8 +45,6 @@ PARSER_NOISE = 0.05
 INVERSION_STEPS = 400
 BASELINE = Path(__file__).parent / "baselines" / "scenes-flat"
 """The flat baseline of the shipped model."""
-RESAMPLES = 1000
-"""Of the bootstrap."""
 DIGITS = 12
 """Of a digest of weights, in records."""
 
@@ -228,7 +227,7 @@ def measure(case: Case, world: World, on_batch: Callable[[int], object]) -> dict
 
 
 def bootstrap(sums: Tensor, fidelity: Tensor) -> dict[str, dict[str, float]]:
-    """Mean and 95 % percentile interval of every metric, resampling scenes.
+    """Mean and 95 % interval of every metric; see bench.bootstrap.
 
     Args:
         sums: [scenes, fields of Sums] f64, added up over noise seeds.
@@ -237,24 +236,9 @@ def bootstrap(sums: Tensor, fidelity: Tensor) -> dict[str, dict[str, float]]:
     Returns:
         {metric: {"mean", "low", "high"}}; psnr only where it is finite.
     """
-    counts = torch.ones(len(sums), dtype=torch.float64)
-    drawn = torch.multinomial(
-        counts.expand(RESAMPLES, -1), len(sums), replacement=True, generator=_seeded(0)
-    )
-    weights = torch.zeros(RESAMPLES, len(sums), dtype=torch.float64)
-    weights.scatter_add_(1, drawn, torch.ones_like(weights))
-    # row 0 is the sample itself
-    weights = torch.cat([counts[None], weights])
-    rates = [row(Sums(*values)) for values in (weights @ sums).tolist()]
-    table = {name: torch.tensor([rate[name] for rate in rates]) for name in rates[0]}
-    if fidelity.isfinite().all():
-        table["psnr"] = weights @ fidelity / len(fidelity)
-    ends = torch.tensor([0.025, 0.975])
-    found = {}
-    for name, values in table.items():
-        low, high = torch.quantile(values[1:].double(), ends.double()).tolist()
-        found[name] = {"mean": values[0].item(), "low": low, "high": high}
-    return found
+    scenes = len(sums)
+    rates = lambda v: row(Sums(*v[:-1])) | {"psnr": v[-1] / scenes}
+    return intervals(torch.cat([sums, fidelity[:, None]], dim=1), rates)
 
 
 def _seeded(seed: int) -> torch.Generator:

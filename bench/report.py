@@ -9,6 +9,8 @@ import typer
 
 from bench.attention_plots import Picture, attention_pictures
 from bench.attention_report import attention_tables
+from bench.claims_report import claims_pages
+from bench.edit_report import edit_section
 from bench.flux_report import flux_tables
 from bench.qformer_report import qformer_tables
 from bench.records import Record, read_records
@@ -175,6 +177,7 @@ SECTIONS = {
     "attention": Section(attention_tables, attention_pictures, required=False),
     "qformer": Section(qformer_tables, required=False, beside=("encode",)),
     "flux": Section(flux_tables, required=False, beside=("flux-train",)),
+    "edit": Section(edit_section, required=False, beside=("edit-speed",)),
     "training": Section(training_tables, required=False, beside=("scaling",)),
 }
 """By the name of their markers and their results file."""
@@ -201,7 +204,7 @@ def main(
     ),
     check: Annotated[bool, typer.Option(help="Write nothing; exit 1 if it is stale.")] = False,
 ) -> None:
-    """Write the README's generated tables and pictures anew from the records."""
+    """Write the README's generated tables and pictures, and docs/claims.md, anew from records."""
     pictures: list[Picture] = []
     try:
         old = new = readme.read_text(encoding="utf-8")
@@ -216,17 +219,19 @@ def main(
             pictures += drawn
             shown = [f"![{picture.title}](docs/{picture.name})" for picture in drawn]
             new = replace_section(new, name, "\n\n".join([section.tables(records), *shown]))
+        told = [results / f"{stem}.jsonl" for stem in ("claims", "edit")]
+        pages = claims_pages([r for file in told if file.exists() for r in read_records(file)])
     except (OSError, ValueError) as error:
         print(f"bench report: {error}")
         raise typer.Exit(2) from error
-    docs = readme.parent / "docs"
-    stale = [str(docs / p.name) for p in pictures if not p.is_current(docs)]
+    docs, made = readme.parent / "docs", [*pictures, *pages]
+    stale = [str(docs / m.name) for m in made if not m.is_current(docs)]
     stale += [str(readme)] if new != old else []
     if check and stale:
         print(f"bench report: {', '.join(stale)} is stale: run `python -m bench report`")
         raise typer.Exit(1)
     if not check:
-        for picture in pictures:
-            picture.write(docs)
+        for one in made:
+            one.write(docs)
         write_whole(readme, new)
     print(f"{readme} is up to date")

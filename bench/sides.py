@@ -48,18 +48,20 @@ AnySide = TypeVar("AnySide", bound=Side)
 
 
 def sides(
-    records: Iterable[Record], kind: type[AnySide], ours: Sequence[str]
+    records: Iterable[Record], kind: type[AnySide], ours: Sequence[str], card: str | None = GPU
 ) -> dict[str, AnySide]:
-    """The latest run of each case on the goals' card in which one of ours was timed.
+    """The latest run of each case on a card in which one of ours was timed.
 
     Args:
         records: oldest first.
         kind: of Side.
         ours: names of variants.
+        card: part of its name, the goals' one unless given; None: on a CPU.
     """
     by_run: dict[str, dict[str, dict[tuple[str, str], Record]]] = {}
     for record in records:
-        if GPU in (record.get("gpu") or ""):
+        found_on = record.get("gpu")
+        if found_on is None if card is None else card in (found_on or ""):
             runs = by_run.setdefault(record["case"], {})
             runs.setdefault(record["run"], {})[record["variant"], record["pass"]] = record
     found = {}

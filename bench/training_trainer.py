@@ -155,15 +155,15 @@ def run_trainer(
     except subprocess.TimeoutExpired:
         return "skipped", f"it was ended after {seconds:.0f} s: no time was left"
     finally:
-        _end(process)
+        end_group(process)
     last = " ".join(said.split())[-300:]
     if process.returncode:
         return "failed", f"it ended with {process.returncode}: {last}"
     return "ok", None
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End the group, gently first; nothing where it has ended."""
+def end_group(process: subprocess.Popen[str]) -> None:
+    """End the group that a process leads, gently first; nothing where it has ended."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

@@ -211,7 +211,9 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path, run
     other = tmp_path / "scenes-dino"
     meta = {"recipe": "scenes-dino", "stage": "dino", "step": 3, "config": {}}
     write_checkpoint(other / "checkpoints", {"ema/vision.w": torch.zeros(2)}, meta)
-    with pytest.raises(ValueError, match=r"stage adapter or flux, got .*dino of stage 'dino'"):
+    with pytest.raises(
+        ValueError, match=r"flux, edit or edit-pictures, got .*dino of stage 'dino'"
+    ):
         export_run(other, target)
     foreign = tmp_path / "foreign"
     wide = meta_of("phase3-128", 4, tiny_adapter(width=64))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import typer
 from typer.core import TyperGroup
 
-from train.config import AdapterConfig, FluxConfig, TrainConfig, override
+from train.config import AdapterConfig, EditConfig, FluxConfig, TrainConfig, override
 from train.ranks import Ranks, leave, open_ranks
 from train.recipes import CHAINS, RECIPES
 from train.signals import AGAIN, Ended
@@ -28,7 +28,7 @@ RecipeName = Annotated[str, typer.Argument(help="A name of python -m train --lis
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="key=value, over the recipe's own.")
 ]
-FAULTS = (OSError, ValueError, FloatingPointError, RuntimeError)
+FAULTS = (OSError, ValueError, FloatingPointError, RuntimeError, ImportError)
 
 
 class _Commands(TyperGroup):
@@ -101,6 +101,32 @@ def precompute(
         print(f"finished: {to}")
 
 
+@app.command("precompute-edits")
+def precompute_edits(
+    recipe: RecipeName,
+    to: Annotated[Path, typer.Option(help="Folder of the shards.")],
+    pairs: Annotated[int | None, typer.Option(help="Edits of scenes to draw.")] = None,
+    assignments: Assignments = None,
+) -> None:
+    """Write source and target embeddings of a recipe's edits, for --set pairs=FOLDER.
+
+    Of pictures it takes all that data=... lists, of scenes it draws --pairs. Under torchrun all
+    ranks share the work. Started again it goes on, with any number of ranks.
+    """
+    config = _config(recipe, assignments)
+    if not isinstance(config, EditConfig):
+        _fail(f"precompute-edits is of recipes of an editor, got {recipe}", 2)
+    from train.edit_data import precompute_edits as make
+
+    try:
+        with open_ranks(config.timeout_s) as ranks:
+            finished = make(config, to, ranks, pairs)
+    except FAULTS as error:
+        _fail(f"precompute-edits: {error}", 1)
+    if finished:
+        print(f"finished: {to}")
+
+
 @app.command()
 def plan(
     recipe: RecipeName,
@@ -138,7 +164,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     to: Annotated[Path | None, typer.Option(help="Folder; none: in the run's.")] = None,
 ) -> None:
-    """Write a run's adapter as a folder for from_pretrained, with a model card."""
+    """Write a run's adapter or editor as a folder for from_pretrained, with a model card."""
     from train.export import export_run
 
     _print(lambda: export_run(run, to), "export")
@@ -160,12 +186,20 @@ def replay(
 
 
 @app.command("export-scenes")
-def export_scenes(assignments: Assignments = None) -> None:
-    """Gather the finished scenes runs as the model that ships."""
-    from train.scenes_export import export_scenes as gather
+def export_scenes(
+    editor: Annotated[
+        Path | None, typer.Option(help="Run of an editor: put into what ships already.")
+    ] = None,
+    assignments: Assignments = None,
+) -> None:
+    """Gather the finished scenes runs as the model that ships, or give that an editor."""
+    from train import scenes_export
 
+    if editor is not None:
+        _print(lambda: f"{scenes_export.export_editor(editor) / 1e6:.1f} MB", "export-scenes")
+        return
     runs = _config("scenes-text", assignments).out_dir
-    _print(lambda: f"{gather(runs) / 1e6:.1f} MB", "export-scenes")
+    _print(lambda: f"{scenes_export.export_scenes(runs) / 1e6:.1f} MB", "export-scenes")
 
 
 def build_stage(config: TrainConfig, ranks: Ranks) -> Stage:
@@ -182,6 +216,14 @@ def build_stage(config: TrainConfig, ranks: Ranks) -> Stage:
         from train.scenes_encoders import DinoStage
 
         return DinoStage(config, ranks)
+    if config.stage == "instructions":
+        from train.scenes_instructions import InstructionsStage
+
+        return InstructionsStage(config, ranks)
+    if isinstance(config, EditConfig):
+        from train.editor import EditStage
+
+        return EditStage(config, ranks)
     if isinstance(config, FluxConfig):
         from train.flux import FluxStage
 
@@ -209,10 +251,11 @@ def _train(config: TrainConfig, parent: str | None, report_to: list[str], ranks:
 
 
 def _explain() -> None:
-    for name, make in RECIPES.items():
-        print(f"{name:16} {(make.__doc__ or '').splitlines()[0]}")
-    for name, recipes in CHAINS.items():
-        print(f"{name:16} {' and then '.join(recipes)}.")
+    lines = {name: (make.__doc__ or "").splitlines()[0] for name, make in RECIPES.items()}
+    lines |= {name: f"{' and then '.join(recipes)}." for name, recipes in CHAINS.items()}
+    width = max(map(len, lines))
+    for name, line in lines.items():
+        print(f"{name:{width}} {line}")
 
 
 def _config(recipe: str, assignments: list[str] | None) -> TrainConfig:

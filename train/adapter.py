@@ -26,7 +26,7 @@ from train.stage import (
     SHEET_PICTURES,
     WORLDS,
     draw_noise,
-    mean_over,
+    mean_over_shares,
     scene_batch,
     scene_batches,
     shares,
@@ -34,6 +34,28 @@ from train.stage import (
 )
 
 SHEET_STEPS = 20
+
+
+def flow_error(
+    frozen: Frozen, batch: Batch, seed: int, emb: SemanticEmbedding, latents: Tensor
+) -> Tensor:
+    """Velocity error of an embedding through the frozen decoder; takes gradients to its positions.
+
+    Args:
+        frozen: whose decoder it is.
+        batch: whose step and places the noise and times depend on.
+        seed: of the run, likewise.
+        emb: [B, N, C].
+        latents: [B, c, h, w] of the pictures that it stands for.
+
+    Returns:
+        Scalar f32.
+    """
+    grid = latents.shape[-2] // 2, latents.shape[-1] // 2
+    x0 = pack(latents).float()
+    t, noise = draw_noise(batch, seed, x0)
+    velocity = partial(frozen.decoder.velocity, emb=emb, grid=grid)
+    return flow_matching_loss(velocity, x0, t, noise)
 
 
 C = TypeVar("C", bound=AdapterConfig)
@@ -124,11 +146,7 @@ class AdapterStage(Generic[C]):
 
     def flow(self, batch: Batch, emb: SemanticEmbedding, latents: Tensor) -> Tensor:
         """Velocity error of an embedding, with the noise of the batch."""
-        grid = latents.shape[-2] // 2, latents.shape[-1] // 2
-        x0 = pack(latents).float()
-        t, noise = draw_noise(batch, self.config.seed, x0)
-        velocity = partial(self.frozen.decoder.velocity, emb=emb, grid=grid)
-        return flow_matching_loss(velocity, x0, t, noise)
+        return flow_error(self.frozen, batch, self.config.seed, emb, latents)
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(positions [B, N, C], latents [B, C, h, w]); only what learns takes gradients."""
@@ -183,26 +201,18 @@ class AdapterStage(Generic[C]):
 
         Means over all pictures that are held out, whatever the number of ranks and the micro-batch.
         """
-        ranks, every = self.ranks, self.unseen_shares(self._at_once)
-        sums = dict.fromkeys(("loss", "penalty", "mean_cosine", "effective_rank"), 0.0)
-        mine = 0
-        for turn in range(-(-len(every) // ranks.world)):
-            number = turn * ranks.world + ranks.rank
-            # all ranks take as many turns, as a sharded decoder wants; some are not counted
-            batch = self.held_out([every[number % len(every)]])[0]
+
+        def measure(share: range) -> dict[str, Tensor]:
+            batch = self.held_out([share])[0]
             tokens, latents = self.read(batch)
-            emb = self.embedding(tokens)
-            found = {
-                "loss": self.flow(batch, emb, latents),
+            return {
+                "loss": self.flow(batch, self.embedding(tokens), latents),
                 "penalty": cosine_penalty(tokens),
                 "mean_cosine": mean_cosine(tokens),
                 "effective_rank": effective_rank(tokens),
             }
-            if number < len(every):
-                count = len(batch.ids)
-                sums = {name: sums[name] + count * value.item() for name, value in found.items()}
-                mine += count
-        return mean_over(ranks, mine, sums)
+
+        return mean_over_shares(self.ranks, self.unseen_shares(self._at_once), measure)
 
     def sheet(self) -> Tensor:
         """Held-out pictures above what came back."""

@@ -21,7 +21,9 @@ class TrainConfig:
 
     name: str
     """Of the run's folder; a recipe's own unless it is set."""
-    stage: Literal["text", "clip", "dino", "adapter", "flux"]
+    stage: Literal[
+        "text", "clip", "dino", "adapter", "flux", "instructions", "edit", "edit-pictures"
+    ]
     steps: int
     batch_size: int = 64
     """Pictures of a step, over all ranks."""
@@ -125,8 +127,7 @@ class AdapterConfig(TrainConfig):
 
     def part(self, name: Literal["flux", "clip", "dino"]) -> Path:
         """Return the folder of a frozen part; it need not be there."""
-        run = "scenes-text" if name == "flux" else f"scenes-{name}"
-        return getattr(self, name) or self.out_dir / run / "export" / name
+        return getattr(self, name) or made_by_scenes(self.out_dir, name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,13 +169,115 @@ class FluxConfig(AdapterConfig):
             _check_not_negative(self, name)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditConfig(TrainConfig):
+    """A run of an editor behind a frozen adapter, on edits of scenes."""
+
+    mode: Literal["autoregressive", "prefilled", "level", "delta"] = "autoregressive"
+    """How positions are written; see sda_fast.editors.t5.EmbeddingEditor."""
+    width: int = 192
+    num_layers: int = 4
+    num_heads: int = 6
+    ff_width: int = 512
+    flow: float = 0.0
+    """Weight of the velocity error of what is written, through the frozen decoder."""
+    llm: Path | None = None
+    """Folder or hub id of a causal language model to edit by in place of a T5 decoder."""
+    lora_rank: int = 16
+    """Of what learns of it."""
+    decoder: Literal["fast", "stock", "none"] = "stock"
+    """As an adapter's; "none" leaves the decoder out: no flow loss, no sheets."""
+    rule: Literal["overlap", "local", "isolated"] = "overlap"
+    """Mask rule of the decoder."""
+    recompute: Literal["none", "attention-out", "full"] = "none"
+    eval_pictures: int = 128
+    """Edits that are held out."""
+    pairs: Path | None = None
+    """Folder that precompute-edits wrote; none encodes pictures in every step."""
+    adapter: Path | None = None
+    """Folder or hub id of the adapter; none is what scenes-adapter exported below out_dir."""
+    instructions: Path | None = None
+    """Folder of an InstructionEncoder; none is what scenes-instructions exported."""
+    flux: Path | None = None
+    """As an adapter's run has it, and so the next two."""
+    clip: Path | None = None
+    dino: Path | None = None
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _check_not_negative(self, "flow")
+        for name in ("num_layers", "ff_width", "lora_rank", "eval_pictures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.width, self.num_heads) < 1 or self.width % self.num_heads:
+            raise ValueError(
+                f"width must be a multiple of num_heads, got {self.width} and {self.num_heads}"
+            )
+        if self.flow and self.decoder == "none":
+            raise ValueError(f"decoder must be fast or stock where flow is {self.flow}, got none")
+
+    def part(self, name: Literal["flux", "clip", "dino", "adapter", "instructions"]) -> Path:
+        """Return the folder of a frozen part; it need not be there."""
+        return getattr(self, name) or made_by_scenes(self.out_dir, name)
+
+    def around(self, tokens_per_node: tuple[int, ...]) -> AdapterConfig:
+        """A config of the adapter's, that says how decoder and encoders are loaded."""
+        return AdapterConfig(stage="adapter", **self._shared(tokens_per_node))
+
+    def _shared(self, tokens_per_node: tuple[int, ...]) -> dict[str, Any]:
+        names = ("name", "steps", "warmup_steps", "world", "precision", "out_dir", "rule")
+        names += ("recompute", "flux", "clip", "dino")
+        decoder = "stock" if self.decoder == "none" else self.decoder
+        shared = {name: getattr(self, name) for name in names}
+        return {"tokens_per_node": tokens_per_node, "decoder": decoder, **shared}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureEditConfig(EditConfig):
+    """A run of an editor behind a frozen adapter of FLUX.1-dev, on pairs of pictures."""
+
+    data: Path | None = None
+    """A file of JSON lines, each with "source", "target" and "instruction"."""
+    resolution: int = 512
+    """As the adapter's run has it, and so what follows."""
+    workers: int = 8
+    guidance: float = 3.5
+    flux_precision: Literal["bf16", "fp8"] = "bf16"
+    squash: bool = False
+    encoder_size: int = 378
+    rehearsal: Literal["none", "full", "small"] = "none"
+    """Decoder and encoders are random, of full size or tiny."""
+
+    def __post_init__(self) -> None:
+        EditConfig.__post_init__(self)
+        self.around((1,))
+
+    def around(self, tokens_per_node: tuple[int, ...]) -> FluxConfig:
+        """See EditConfig."""
+        names = ("data", "resolution", "workers", "guidance", "flux_precision", "squash")
+        names += ("encoder_size", "rehearsal")
+        mine = {name: getattr(self, name) for name in names}
+        return FluxConfig(stage="flux", **self._shared(tokens_per_node), **mine)
+
+
+def made_by_scenes(out_dir: Path, part: str) -> Path:
+    """Where a run of scenes leaves what it exports."""
+    run = "scenes-text" if part == "flux" else f"scenes-{part}"
+    return out_dir / run / "export" / part
+
+
 def _check_not_negative(config: TrainConfig, name: str) -> None:
     value = getattr(config, name)
     if not 0 <= value < math.inf:  # nor NaN
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
-CONFIGS: dict[str, type[TrainConfig]] = {"adapter": AdapterConfig, "flux": FluxConfig}
+CONFIGS: dict[str, type[TrainConfig]] = {
+    "adapter": AdapterConfig,
+    "flux": FluxConfig,
+    "edit": EditConfig,
+    "edit-pictures": PictureEditConfig,
+}
 """Of the stages that have more fields than TrainConfig."""
 
 

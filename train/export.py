@@ -1,4 +1,4 @@
-"""A run's adapter as a folder for ``from_pretrained``, with a card that carries the licences."""
+"""A run's adapter or editor for ``from_pretrained``, with a card that carries the licences."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from sda_fast.adapter import ENCODER_FILE, SemanticAdapter
-from sda_fast.files import moved_in_when_whole
+from sda_fast.files import moved_in_when_whole, write_whole
 from sda_fast.weights import write_safetensors
 from train.checkpoint import newest_valid, read_meta, read_state
 from train.lineage import CHECKPOINTS
-from train.model_card import model_card
+from train.model_card import editor_card, model_card
 from train.report import LOG, read_log
 
 CARD = "README.md"
-STAGES = ("adapter", "flux")
-"""Those that train an adapter."""
-ADAPTER, ENCODER = "adapter.", "encoder."
+ADAPTERS, EDITORS = ("adapter", "flux"), ("edit", "edit-pictures")
+"""Stages that train one."""
+ADAPTER, ENCODER, EDITOR = "adapter.", "encoder.", "editor."
 """Before the names of averaged weights."""
 
 
@@ -28,11 +28,11 @@ def export_run(
     """Write the averaged weights of a run's newest whole checkpoint, and their card.
 
     The folder holds config.json, the weights, the encoder layers that were opened and README.md;
-    all of it appears at once, and replaces an earlier export.
+    all of it appears at once, and replaces an earlier export. An editor's card comes last.
 
     Args:
         run: folder of the run, finished or not.
-        to: where; None is ``export/adapter`` in the run's folder.
+        to: where; None is ``export/adapter`` or ``export/editor`` in the run's folder.
         warn: is told of checkpoints that are not whole.
 
     Returns:
@@ -40,7 +40,8 @@ def export_run(
 
     Raises:
         FileNotFoundError: there is no such run, or no whole checkpoint in it.
-        ValueError: the run trains no adapter, or its weights are not those of one.
+        ValueError: the run trains neither, or its weights are not those of one.
+        ImportError: peft is not installed, where a language model edits.
         OSError: it cannot be written.
     """
     if not run.is_dir():
@@ -52,12 +53,17 @@ def export_run(
         )
     meta = read_meta(newest)
     stage = meta.get("stage")
-    if stage not in STAGES:
+    if stage not in (*ADAPTERS, *EDITORS):
         raise ValueError(
-            f"run must be of stage {' or '.join(STAGES)}, got {run} of stage {stage!r}: what that "
-            f"trains is in {run / 'export'} when it has finished"
+            f"run must be of stage {', '.join((*ADAPTERS, EDITORS[0]))} or {EDITORS[1]}, got {run} "
+            f"of stage {stage!r}: what that trains is in {run / 'export'} when it has finished"
         )
     state = read_state(newest, "ema/")
+    if stage in EDITORS:
+        editor, target = _editor(newest, meta, state), to or run / "export" / "editor"
+        card = editor_card(meta, evaluation(run, meta["step"]))
+        editor.save_pretrained(target)
+        return write_whole(target / CARD, card).parent
     adapter = _adapter(newest, meta["adapter"], state)
     opened = _below(state, ENCODER)
     card = model_card(meta, evaluation(run, meta["step"]), opened=bool(opened))
@@ -89,6 +95,29 @@ def _adapter(path: Path, config: Mapping[str, Any], state: Mapping[str, Tensor])
     except RuntimeError as error:
         raise ValueError(f"run: {path} holds no weights of its own adapter: {error}") from error
     return adapter.eval()
+
+
+def _editor(path: Path, meta: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
+    """An editor with the averaged weights."""
+    known = {name: value for name, value in meta["editor"].items() if name != "instructions"}
+    llm = meta["config"]["llm"]
+    if llm is None:
+        from sda_fast.editors.t5 import EmbeddingEditor
+
+        editor: Any = EmbeddingEditor(**known)
+    else:
+        from sda_fast.editors.llm import LLMEditor
+
+        learned = known.pop("base_fingerprint")
+        known.pop("base")
+        editor = LLMEditor.from_base(llm, **known)
+        if editor.config["base_fingerprint"] != learned:
+            raise ValueError(f"run: the language model in {llm} is not the one it learned with")
+    try:
+        editor.load_state_dict(_below(state, EDITOR))
+    except RuntimeError as error:
+        raise ValueError(f"run: {path} holds no weights of its own editor: {error}") from error
+    return editor.eval()
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

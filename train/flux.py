@@ -1,7 +1,7 @@
 """Stage "flux": the adapter on pictures, through the frozen FLUX."""
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
@@ -16,7 +16,7 @@ from sda_fast.adapter import SemanticAdapter
 from sda_fast.weights import digest
 from train.adapter import AdapterStage
 from train.batch import Batch
-from train.config import FluxConfig, differences
+from train.config import FluxConfig, PictureEditConfig, differences
 from train.data.loader import Loader
 from train.data.order import Order, Size, assign_buckets, bucket_sizes, fold_rare
 from train.data.source import Source, open_source
@@ -43,7 +43,7 @@ class FluxStage(AdapterStage[FluxConfig]):
     """The adapter learns from pictures; see AdapterStage."""
 
     def __init__(self, config: FluxConfig, ranks: Ranks) -> None:
-        places = shares(config, ranks)
+        shares(config, ranks)  # refused before anything is read
         if config.resolution < LOWEST and config.rehearsal == "none":
             warnings.warn(
                 f"resolution {config.resolution}: FLUX behaves badly below {LOWEST} pixels",
@@ -53,23 +53,13 @@ class FluxStage(AdapterStage[FluxConfig]):
             find_parts(config)
         source = open_for_ranks(config, ranks)
         check_precomputed(config, source)
-        self.buckets = bucket_sizes(config.resolution, FITS)
-        kinds = assign_buckets(source.sizes, self.buckets)
-        if source.kind == "pictures":
-            kinds = fold_rare(kinds, self.buckets, config.batch_size)
-        self.unseen = hold_out(source, kinds, self.buckets, config.eval_pictures, ranks)
-        rest = np.setdiff1d(np.arange(len(source)), self.unseen.rows)
-        self.source = Subset(source, rest)
-        self.num_pictures: float = len(self.source)
+        self.unseen, self.loader = hold_apart(config, source, ranks)
+        self.num_pictures: float = len(self.loader.source)
         self.fingerprint = source.fingerprint
         super().__init__(config, ranks)
         self._open_layers()
         if source.kind == "precomputed":  # hashing takes seconds
             check_precomputed(config, source, models_of(self.frozen))
-        order = Order(kinds[rest], config.batch_size, config.seed)
-        self.loader = Loader(
-            self.source, order, self.buckets, places, config.workers, ranks.device.type == "cuda"
-        )
 
     def load_frozen(self) -> Frozen:
         """FLUX and the encoders."""
@@ -96,24 +86,11 @@ class FluxStage(AdapterStage[FluxConfig]):
 
     def batches_of(self, step: int, places: list[range]) -> list[Batch]:
         """See Stage."""
-        order = self.loader.order
-        return next(Loader(self.source, order, self.buckets, places, workers=0).batches(step))
+        return self.loader.batches_of(step, places)
 
     def held_out(self, places: list[range]) -> list[Batch]:
         """Pictures that are never trained on; each of these places are of one size."""
-        found = []
-        for share in places:
-            read = [self.unseen.samples[place] for place in share]
-            found.append(
-                Batch(
-                    step=0,
-                    places=tuple(share),
-                    ids=tuple(self.unseen.ids[place] for place in share),
-                    tensors={name: torch.stack([one[name] for one in read]) for name in read[0]},
-                    size=self.unseen.sizes[share[0]],
-                )
-            )
-        return found
+        return [self.unseen.batch(share) for share in places]
 
     def features(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Of the encoders; their open layers take gradients."""
@@ -172,6 +149,43 @@ class Unseen:
             start = stop
         return found
 
+    def batch(self, share: range) -> Batch:
+        """Those of some places, of one size."""
+        read = [self.samples[place] for place in share]
+        return Batch(
+            step=0,
+            places=tuple(share),
+            ids=tuple(self.ids[place] for place in share),
+            tensors={name: torch.stack([one[name] for one in read]) for name in read[0]},
+            size=self.sizes[share[0]],
+        )
+
+
+def hold_apart(
+    config: FluxConfig | PictureEditConfig, source: Source, ranks: Ranks
+) -> tuple[Unseen, Loader]:
+    """What is never trained on, and the micro-batches of all else.
+
+    Args:
+        config: of the run.
+        source: of its data.
+        ranks: of the run; all call this.
+
+    Raises:
+        ValueError: see ``hold_out``, ``Order`` and ``Loader``.
+        OSError: see ``hold_out``.
+    """
+    buckets = bucket_sizes(config.resolution, FITS)
+    kinds = assign_buckets(source.sizes, buckets)
+    if source.kind == "pictures":
+        kinds = fold_rare(kinds, buckets, config.batch_size)
+    unseen = hold_out(source, kinds, buckets, config.eval_pictures, ranks)
+    rest = np.setdiff1d(np.arange(len(source)), unseen.rows)
+    order = Order(kinds[rest], config.batch_size, config.seed)
+    pinned = ranks.device.type == "cuda"
+    places = shares(config, ranks)
+    return unseen, Loader(Subset(source, rest), order, buckets, places, config.workers, pinned)
+
 
 def hold_out(
     source: Source,
@@ -223,7 +237,7 @@ def _choose(source: Source, kinds: np.ndarray, buckets: tuple[Size, ...], most: 
     return rows
 
 
-def sizes_of(config: FluxConfig) -> dict[str, Any]:
+def sizes_of(config: FluxConfig | PictureEditConfig) -> dict[str, Any]:
     """How pictures come before encoders and VAE; features and latents depend on it."""
     return {
         "resolution": config.resolution,
@@ -257,12 +271,25 @@ def check_precomputed(
             f"data must be pictures where encoder layers learn (open_layers "
             f"{config.open_layers}), got precomputed features in {config.data}"
         )
-    wanted = sizes_of(config) | (models or {})
-    had = {name: value for name, value in source.about.items() if name in wanted}  # pyrefly: ignore
-    changed = differences(had, wanted)
-    if changed:
+    # what edits were made of names an adapter
+    check_made("data", source, {**sizes_of(config), **(models or {}), "adapter": None})
+
+
+def check_made(name: str, source: Any, wanted: Mapping[str, Any]) -> None:
+    """Refuse what was precomputed otherwise than a run wants it.
+
+    Args:
+        name: of the config's field.
+        source: a ShardSource.
+        wanted: of its ``about``; other entries pass.
+
+    Raises:
+        ValueError: the differences are listed.
+    """
+    had = {key: source.about.get(key) for key in wanted}
+    if changed := differences(had, wanted):
         raise ValueError(
-            f"data must be precomputed as this run wants it, got {config.data}: "
+            f"{name} must be precomputed as this run wants it, got {source.root}: "
             f"{', '.join(changed)}"
         )
 
@@ -298,20 +325,8 @@ def open_for_ranks(config: FluxConfig, ranks: Ranks) -> Source:
         raise ValueError(
             f"data must be a folder of pictures, got none: set data=... ({config.name})"
         )
-    cache = config.folder / INDEX
-    source, fault = None, None
-    for turn in ("first", "others"):
-        if (turn == "first") == ranks.first:
-            try:
-                config.folder.mkdir(parents=True, exist_ok=True)
-                source = open_source(config.data, cache, max(1, config.workers))
-            except (OSError, ValueError) as error:
-                fault = error
-        # no rank waits for one that has failed
-        if any(ranks.gather(fault is not None)):
-            raise fault or ValueError("data could not be read by another rank, which says why")
-    assert source is not None
-    return source
+    data, cache, workers = config.data, config.folder / INDEX, max(1, config.workers)
+    return ranks.in_turn(lambda: open_source(data, cache, workers))
 
 
 def precompute_for(config: FluxConfig, to: Path, ranks: Ranks) -> bool:

@@ -27,7 +27,7 @@ CHECKPOINTS = "checkpoints"
 MAY_CHANGE = (
     "steps", "micro_batch", "log_every", "checkpoint_every", "checkpoint_minutes", "keep",
     "eval_every", "nonfinite_limit", "timeout_s", "out_dir", "workers", "shard_flux", "recompute",
-    "flux", "clip", "dino", "data",
+    "flux", "clip", "dino", "data", "adapter", "instructions", "pairs", "llm",
 )  # fmt: skip
 """Fields that a run may go on with other values of; what lies in the folders must be the same."""
 QUERIES = "adapter.qformer.queries"

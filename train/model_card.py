@@ -1,4 +1,4 @@
-"""The model card of an exported adapter: what it is, what it was measured to do, on whose terms."""
+"""The card of an exported adapter or editor: what it is, what was measured, on whose terms."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,8 @@ SHOWN = (
     "tokens_per_node", "rule", "rope", "width", "num_layers", "num_heads", "batch_size",
     "resolution", "guidance", "penalty", "level_dropout", "adamw_lr", "muon_lr", "encoder_lr",
     "open_layers", "weight_decay", "warmup_steps", "max_grad_norm", "ema_decay", "precision",
-    "flux_precision", "parent", "seed",
+    "flux_precision", "parent", "seed", "mode", "text_features", "ff_width", "flow", "llm",
+    "lora_rank",
 )  # fmt: skip
 """Fields of a recipe that say what was trained; none holds a path."""
 
@@ -56,6 +57,27 @@ emb = adapter.encode("a.png")  # [1, {positions}, {channels}]
 ```
 
 Encoders and decoder are what the recipes scenes-clip, scenes-dino and scenes-text exported."""
+
+EDITOR_USAGE = """```python
+import sda_fast as sda
+pipe = sda.SemanticPipeline.from_pretrained({parts}, editor="path/to/this")
+result = pipe.edit("a.png", "{said}")
+pipe.decode(result.embedding, seed=0)[0].save("edited.png")
+```"""
+
+LLM_USAGE = """```python
+import sda_fast as sda
+from sda_fast.editors.llm import LLMEditor
+pipe = sda.SemanticPipeline.from_pretrained({parts})
+pipe.editor = LLMEditor.from_pretrained("path/to/this", base="{base}")
+result = pipe.edit("a.png", "{said}")
+pipe.decode(result.embedding, seed=0)[0].save("edited.png")
+```"""
+
+EDITOR_LIMITS = """\
+- It edits embeddings of the adapter that it learned behind, fingerprint {adapter}, and no other.
+- It does what the pairs that it learned from did; instructions of another kind may do anything.
+- What the adapter does not rebuild, an edit does not keep."""
 
 REHEARSED = (
     """**A rehearsal: it learned through random models and is of no use with the real ones.**"""
@@ -105,8 +127,53 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def editor_card(meta: Mapping[str, Any], evaluated: tuple[int, Mapping[str, float]] | None) -> str:
+    """The card of an editor, likewise.
+
+    Args:
+        meta: of the checkpoint: "recipe", "stage", "step", "editor" and "config".
+        evaluated: step and numbers of its evaluation.
+    """
+    scenes, editor, llm = meta["stage"] == "edit", meta["editor"], meta["config"]["llm"]
+    tree = Hierarchy(tuple(editor["tokens_per_node"]))
+    kind = "A causal language model with LoRA" if llm else "The decoder half of a T5"
+    parts = [
+        f"---\n{_metadata(meta).to_yaml()}\n---",
+        f"# {_plain(meta['recipe'])}",
+        f"{kind} that edits pictures in their embedding: {tree.num_tokens} positions of\n"
+        f"{editor['channels']} channels and an instruction in, as many positions out. "
+        f"For sda-fast {_version()}.",
+        "## Use",
+        _editor_usage(meta, scenes),
+        "## Training",
+        _training(meta),
+        "## Evaluation",
+        _evaluation(evaluated),
+        "## Limits",
+        EDITOR_LIMITS.format(adapter=str(editor["adapter"])[:12]),
+        "## Licences",
+        _licences(scenes, opened=False),
+    ]
+    if llm:
+        base = _hub_id(llm) or editor["base"]
+        parts.append(
+            f"The language model, {_plain(base)}, is not in this folder; its terms hold too."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _editor_usage(meta: Mapping[str, Any], scenes: bool) -> str:
+    said = "remove the red circle" if scenes else "take the cup away"
+    parts = '"scenes"' if scenes else "flux=..., adapter=..., clip=..., dino=..."
+    llm = meta["config"]["llm"]
+    if llm:
+        base = _hub_id(llm) or meta["editor"]["base"]
+        return LLM_USAGE.format(parts=parts, said=said, base=base)
+    return EDITOR_USAGE.format(parts=parts, said=said)
+
+
 def _metadata(meta: Mapping[str, Any]) -> ModelCardData:
-    if meta["stage"] != "flux":
+    if meta["stage"] in ("adapter", "edit"):
         return ModelCardData(license="apache-2.0", library_name="diffusers", tags=[*TAGS, "scenes"])
     return ModelCardData(
         license="other",
@@ -167,7 +234,8 @@ def _training(meta: Mapping[str, Any]) -> str:
     head = f"Recipe {_plain(meta['recipe'])}, step {meta['step']:,} of {config['steps']:,}, "
     head += f"{pictures:,} pictures; averaged weights."
     # a rehearsal's adapter may be smaller than its recipe says
-    known = {**config, **meta["adapter"]}
+    known = {**config, **meta.get("adapter", {}), **meta.get("editor", {})}
+    known["llm"] = meta.get("editor", {}).get("base")  # no folder of this machine
     known = {name: known[name] for name in SHOWN if known.get(name) is not None}
     return f"{head}\n\n{_table(('field', 'value'), known)}"
 

@@ -32,8 +32,7 @@ from train.data.shards import (
 )
 from train.data.source import NAMED, Source
 
-Encode = Callable[[Tensor], Mapping[str, Tensor]]
-WANTED = ("features", "latents")
+Encode = Callable[..., Mapping[str, Tensor]]
 READERS = 8  # threads that decode; Pillow leaves the interpreter to others meanwhile
 
 
@@ -48,12 +47,14 @@ class ShardLayout:
         per_shard: pictures of a shard, at most.
         batch_size: pictures that are encoded at a time; the same pictures under another one give
             the same result up to rounding.
+        wanted: tensors that encode must return.
     """
 
     buckets: tuple[Size, ...]
     about: Mapping[str, Any]
     per_shard: int = 256
     batch_size: int = 16
+    wanted: tuple[str, ...] = ("features", "latents")
 
     def __post_init__(self) -> None:
         if min(self.per_shard, self.batch_size) < 1:
@@ -99,8 +100,9 @@ def precompute(
     Args:
         source: of pictures.
         out: folder, new or begun by such a call.
-        encode: pictures [B, 3, H, W] uint8 on the CPU -> "features" [B, S, F] and "latents"
-            [B, C, h, w], which are kept in the dtype they come in.
+        encode: what the source reads, in its order and stacked on the CPU: pictures
+            [B, 3, H, W] uint8 -> "features" [B, S, F] and "latents" [B, C, h, w], or what else
+            layout wants, which are kept in the dtype they come in.
         layout: of the shards.
         rank: of this process.
         world: number of processes.
@@ -150,7 +152,7 @@ def _write(
     with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as writer:
         for number, part in parts.items():
             kept = _kept(source, out, number, part)
-            made = kept or _encode_part(source, part, encode, layout.batch_size, readers)
+            made = kept or _encode_part(source, part, encode, layout, readers)
             count.add(len(part.indices), made.broken)
             if count.over():
                 raise ValueError(count.message())
@@ -231,15 +233,16 @@ def _readable(source: Source, index: int, size: Size) -> bool:
 
 
 def _encode_part(
-    source: Source, part: _Part, encode: Encode, batch_size: int, readers: ThreadPoolExecutor
+    source: Source, part: _Part, encode: Encode, layout: ShardLayout, readers: ThreadPoolExecutor
 ) -> _Made:
     done: list[dict[str, Tensor]] = []
     names: list[str] = []
     broken: dict[str, str] = {}
-    for ids, pictures, unread in _batches(source, part, batch_size, readers):
+    for ids, samples, unread in _batches(source, part, layout.batch_size, readers):
         broken |= unread
         if ids:
-            done.append(_encode(encode, torch.stack(pictures), ids))
+            read = [torch.stack([sample[key] for sample in samples]) for key in samples[0]]
+            done.append(_encode(encode, read, ids, layout.wanted))
             names += ids
     keys = done[0] if done else ()
     return _Made({key: torch.cat([row[key] for row in done]) for key in keys}, names, broken)
@@ -247,8 +250,8 @@ def _encode_part(
 
 def _batches(
     source: Source, part: _Part, batch_size: int, readers: ThreadPoolExecutor
-) -> Iterator[tuple[list[str], list[Tensor], dict[str, str]]]:
-    """(ids, pictures, broken) of so many pictures; the next ones are decoded meanwhile."""
+) -> Iterator[tuple[list[str], list[dict[str, Tensor]], dict[str, str]]]:
+    """(ids, samples, broken) of so many pictures; the next ones are decoded meanwhile."""
 
     def begin(start: int) -> list[tuple[str, Future[dict[str, Tensor]]]]:
         indices = part.indices[start : start + batch_size].tolist()
@@ -257,25 +260,27 @@ def _batches(
     running = map(begin, range(0, len(part.indices), batch_size))
     ahead = list(islice(running, 2))
     while ahead:
-        ids, pictures, broken = [], [], {}
+        ids, samples, broken = [], [], {}
         for name, future in ahead.pop(0):
             try:
-                pictures.append(future.result()["pictures"])
+                samples.append(future.result())
                 ids.append(name)
             except (OSError, ValueError) as error:
                 broken[name] = str(error)
         ahead += islice(running, 1)
-        yield ids, pictures, broken
+        yield ids, samples, broken
 
 
 @torch.no_grad()
-def _encode(encode: Encode, pictures: Tensor, ids: list[str]) -> dict[str, Tensor]:
-    result = {key: tensor.cpu() for key, tensor in encode(pictures).items()}
+def _encode(
+    encode: Encode, read: list[Tensor], ids: list[str], wanted: tuple[str, ...]
+) -> dict[str, Tensor]:
+    result = {key: tensor.cpu() for key, tensor in encode(*read).items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in result.items()}
     rows = {shape[0] for shape in shapes.values() if len(shape) > 1}
-    if not set(WANTED) <= result.keys() or rows != {len(ids)}:
+    if not set(wanted) <= result.keys() or rows != {len(ids)}:
         raise ValueError(
-            f"encode must return {' and '.join(WANTED)} with {len(ids)} rows, got {shapes}"
+            f"encode must return {' and '.join(wanted)} with {len(ids)} rows, got {shapes}"
         )
     for key, tensor in result.items():
         rows = tensor.float().flatten(1).isfinite().all(1).tolist()

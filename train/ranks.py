@@ -3,15 +3,17 @@
 import os
 import re
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,28 @@ class Ranks:
         every: list[Any] = [None] * self.world
         dist.all_gather_object(every, thing)
         return every
+
+    def in_turn(self, act: Callable[[], T]) -> T:
+        """What an act gives, which the first rank does alone and the others after it.
+
+        So they find what it has left behind. All must call it; where one fails, all do.
+
+        Raises:
+            OSError: the act does.
+            ValueError: likewise, or another rank's did.
+        """
+        made: list[T] = []
+        fault: Exception | None = None
+        for turn in ("first", "others"):
+            if (turn == "first") == self.first:
+                try:
+                    made.append(act())
+                except (OSError, ValueError) as error:
+                    fault = error
+            # no rank waits for one that has failed
+            if any(self.gather(fault is not None)):
+                raise fault or ValueError("data could not be read by another rank, which says why")
+        return made[0]
 
     def wait(self) -> None:
         """Until all ranks have come here."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
-from train.config import AdapterConfig, FluxConfig, TrainConfig
+from train.config import AdapterConfig, EditConfig, FluxConfig, PictureEditConfig, TrainConfig
 
 
 def scenes_text() -> TrainConfig:
@@ -54,6 +55,74 @@ def scenes_64() -> AdapterConfig:
 def scenes_128() -> AdapterConfig:
     """Fourth link: their quadrants, 128 positions."""
     return replace(scenes_64(), name="scenes-128", tokens_per_node=(32, 8, 4), parent="scenes-64")
+
+
+def scenes_instructions() -> TrainConfig:
+    """What reads instructions, by filling in words of instructions and captions."""
+    return TrainConfig(
+        name="scenes-instructions", stage="instructions", steps=1500, batch_size=128,
+        precision="fp32", muon_lr=0.0,
+    )  # fmt: skip
+
+
+def scenes_edit_autoregressive() -> EditConfig:
+    """An editor of scenes that writes position after position, as the seed does."""
+    return EditConfig(
+        name="scenes-edit-autoregressive", stage="edit", steps=6000, precision="fp32",
+        muon_lr=0.0,
+    )  # fmt: skip
+
+
+def scenes_edit_prefilled() -> EditConfig:
+    """An editor of scenes that writes all positions at once."""
+    return replace(scenes_edit_autoregressive(), name="scenes-edit-prefilled", mode="prefilled")
+
+
+def scenes_edit_level() -> EditConfig:
+    """An editor of scenes that writes a level at a time."""
+    return replace(scenes_edit_autoregressive(), name="scenes-edit-level", mode="level")
+
+
+def scenes_edit_delta() -> EditConfig:
+    """An editor of scenes that says which positions change, and how."""
+    return replace(scenes_edit_autoregressive(), name="scenes-edit-delta", mode="delta")
+
+
+def edit_t5_large() -> PictureEditConfig:
+    """An editor behind FLUX's adapter in the sizes of a T5-large decoder. 32 GPUs x 8 pairs."""
+    return PictureEditConfig(
+        name="edit-t5-large",
+        stage="edit-pictures",
+        steps=50_000,
+        batch_size=256,
+        micro_batch=8,
+        width=1024,
+        num_layers=24,
+        num_heads=16,
+        ff_width=2816,
+        muon_lr=0.0,
+        adamw_lr=1e-4,
+        warmup_steps=2000,
+        ema_decay=0.9999,
+        log_every=10,
+        checkpoint_every=1000,
+        eval_every=1000,
+        keep=3,
+        decoder="fast",
+    )
+
+
+def edit_t5_xxl() -> PictureEditConfig:
+    """As wide as FLUX's positions: 6 B parameters learn, so no decoder; best from pairs=..."""
+    return replace(
+        edit_t5_large(), name="edit-t5-xxl", width=4096, num_heads=64, ff_width=10240,
+        decoder="none",
+    )  # fmt: skip
+
+
+def edit_llm() -> PictureEditConfig:
+    """A causal language model edits, by LoRA."""
+    return replace(edit_t5_large(), name="edit-llm", llm=Path("Qwen/Qwen2.5-1.5B"))
 
 
 def phase0_16() -> FluxConfig:
@@ -148,6 +217,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         phase4_768,
         phase4_1024,
         rehearse,
+        edit_t5_large,
+        edit_t5_xxl,
+        edit_llm,
         scenes_text,
         scenes_clip,
         scenes_dino,
@@ -157,6 +229,11 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         scenes_32,
         scenes_64,
         scenes_128,
+        scenes_instructions,
+        scenes_edit_autoregressive,
+        scenes_edit_prefilled,
+        scenes_edit_level,
+        scenes_edit_delta,
     )
 }
 

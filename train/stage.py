@@ -1,6 +1,6 @@
 """What the loop asks of a stage, and the batches that all stages of the scenes world share."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -139,6 +139,29 @@ def mean_over(ranks: Ranks, count: int, sums: dict[str, float]) -> dict[str, flo
     values = torch.tensor([count, *sums.values()], dtype=torch.float64, device=ranks.device)
     total, *rest = ranks.sum(values)
     return {name: value / total for name, value in zip(sums, rest, strict=True)}
+
+
+def mean_over_shares(
+    ranks: Ranks, every: list[range], measure: Callable[[range], dict[str, Tensor]]
+) -> dict[str, float]:
+    """Means of what is measured of all places, whatever the number of ranks and the shares.
+
+    Args:
+        ranks: all of which call it.
+        every: all places, in shares.
+        measure: gives scalars, means over a share.
+    """
+    sums: dict[str, float] = {}
+    count = 0
+    for turn in range(-(-len(every) // ranks.world)):
+        number = turn * ranks.world + ranks.rank
+        # all ranks take as many turns, as a sharded decoder wants; some are not counted
+        share = every[number % len(every)]
+        weight = len(share) if number < len(every) else 0
+        for name, value in measure(share).items():
+            sums[name] = sums.get(name, 0.0) + (weight * value.item() if weight else 0.0)
+        count += weight
+    return mean_over(ranks, count, sums)
 
 
 class SceneStage(Protocol):

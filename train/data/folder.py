@@ -70,6 +70,23 @@ class Listing:
             return
         self.files.append(File(name, about.st_size, about.st_mtime_ns, size))
 
+    def take_named(self, root: Path, name: str, size: Size | None = None) -> None:
+        """Add a picture that a list names, or the reason why it is refused.
+
+        Args:
+            root: resolved; the name leads on from there.
+            name: with slashes.
+            size: of the picture, where it is known.
+        """
+        if name.startswith("/") or ".." in PurePosixPath(name).parts:
+            self.refused[name] = "leads out of the folder"
+        elif PurePosixPath(name).suffix.lower() not in KINDS:
+            self.refused[name] = f"must be one of {', '.join(KINDS)}"
+        elif size and size[0] * size[1] > MAX_PIXELS:
+            self.refused[name] = f"must have at most {MAX_PIXELS:,} pixels, has {size}"
+        else:
+            self.take(name, _inside(root, name), size)
+
 
 def list_folder(root: Path, suffixes: Collection[str]) -> Listing:
     """Everything below root of these extensions; names that begin with a dot are passed over.
@@ -127,14 +144,7 @@ def list_metadata(root: Path) -> Listing:
             if name in seen:
                 raise ValueError(f"data: {root / METADATA}, line {number}: {name} comes twice")
             seen.add(name)
-            if name.startswith("/") or ".." in PurePosixPath(name).parts:
-                listing.refused[name] = "leads out of the folder"
-            elif PurePosixPath(name).suffix.lower() not in KINDS:
-                listing.refused[name] = f"must be one of {', '.join(KINDS)}"
-            elif size and size[0] * size[1] > MAX_PIXELS:
-                listing.refused[name] = f"must have at most {MAX_PIXELS:,} pixels, has {size}"
-            else:
-                listing.take(name, _inside(root, name), size)
+            listing.take_named(root, name, size)
     listing.files.sort(key=lambda file: file.name)
     return listing
 
@@ -146,6 +156,21 @@ def index_folder(root: Path, listing: Listing, workers: int) -> Index:
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(partial(_index_files, root), chunks))
     return join([Index.of([], listing.refused), *parts])
+
+
+def file_name(key: str, name: str) -> str:
+    """A name that a list gives to a file, without ``./`` in front.
+
+    Args:
+        key: of the list, for the message.
+        name: what it says.
+
+    Raises:
+        ValueError: no file can have it.
+    """
+    if not name or "\0" in name or printable(name) != name:
+        raise ValueError(f"{key} must be the name of a file, got {name!r}")
+    return PurePosixPath(name).as_posix()
 
 
 def printable(name: str) -> str:
@@ -174,9 +199,7 @@ def _read_line(line: str) -> tuple[str, Size | None]:
     row = json.loads(line)
     if not isinstance(row, dict) or not isinstance(name := row.get("file_name"), str):
         raise ValueError(f'must be an object with "file_name", got {line.strip()[:80]}')
-    if not name or "\0" in name or printable(name) != name:
-        raise ValueError(f"file_name must be the name of a file, got {name!r}")
-    name = PurePosixPath(name).as_posix()  # without ./ in front
+    name = file_name("file_name", name)
     height, width = row.get("height"), row.get("width")
     if height is None and width is None:
         return name, None

@@ -110,6 +110,11 @@ class Loader:
             results = iter(loader)
         return self._steps(results)
 
+    def batches_of(self, step: int, places: Sequence[range]) -> list[Batch]:
+        """Other micro-batches of one step, read at once; errors as ``batches``."""
+        other = Loader(self.source, self.order, self.buckets, places, workers=0)
+        return next(other.batches(step))
+
     def _steps(self, results: Iterator[Mapping[str, Any]]) -> Generator[list[Batch], None, None]:
         try:
             while True:

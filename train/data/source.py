@@ -1,6 +1,6 @@
 """Where samples come from: a folder of pictures, of tars, or of what was precomputed of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -96,7 +96,7 @@ def open_source(path: Path, cache: Path | None = None, workers: int = 8) -> Sour
     Args:
         path: the folder.
         cache: a file that keeps what was found. It holds while names, lengths and times of the
-            files are those it was made of, and is made anew otherwise. Its folder must be there.
+            files are those it was made of, and is made anew otherwise. Its folder is made too.
         workers: threads that read headers.
 
     Raises:
@@ -117,14 +117,38 @@ def open_source(path: Path, cache: Path | None = None, workers: int = 8) -> Sour
         listing, tars = list_metadata(root), False
     else:
         listing, tars = _list_either(root)
+    read = index_tars if tars else index_folder
+    return PictureSource(root, index_once(root, listing, cache, workers, read))
+
+
+def index_once(
+    root: Path,
+    listing: Listing,
+    cache: Path | None,
+    workers: int,
+    read: Callable[[Path, Listing, int], Index] = index_folder,
+) -> Index:
+    """The index of what was listed: as the cache keeps it, or read anew and kept there.
+
+    Args:
+        root: of the listing.
+        listing: of pictures or tars.
+        cache: see ``open_source``.
+        workers: likewise.
+        read: (root, listing, workers) -> index.
+
+    Raises:
+        ValueError: see ``check_refused``.
+        OSError: the cache cannot be written.
+    """
     key = listing.sha256()
     if (index := _kept(cache, key)) is None:
-        read = index_tars if tars else index_folder
         index = replace(read(root, listing, workers), listing=key)
-        _check_refused(root, index)
+        check_refused(root, index)
         if cache is not None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
             index.save(cache)
-    return PictureSource(root, index)
+    return index
 
 
 def list_reasons(refused: Mapping[str, str]) -> str:
@@ -158,7 +182,12 @@ def _kept(cache: Path | None, key: str) -> Index | None:
     return index if index.listing == key else None
 
 
-def _check_refused(root: Path, index: Index) -> None:
+def check_refused(root: Path, index: Index) -> None:
+    """See that there are pictures, and few that are unfit.
+
+    Raises:
+        ValueError: there are none, or more than ``MOST_REFUSED`` were refused; some are listed.
+    """
     count, total = len(index.refused), len(index) + len(index.refused)
     damaged = sum(name in index.refused for name in index.files)
     if count > MOST_REFUSED * total or damaged > MOST_REFUSED * len(index.files):
