@@ -142,7 +142,7 @@ CLAIMS = {
         REBUILT,
         (
             Contrast(
-                "64 positions within a tenth of 128", "miou", "positions_64", "positions_128",
+                "64 positions by 128", "miou", "positions_64", "positions_128",
                 sense="near", margin=0.1,
             ),
         ),
@@ -205,7 +205,7 @@ CLAIMS = {
         (
             Contrast("the text is followed", "new", "mix_new", "mix_none"),
             Contrast(
-                "the embedding is kept, within a tenth", "stayed", "mix_new", "mix_none",
+                "the embedding is kept", "stayed", "mix_new", "mix_none",
                 sense="near", margin=0.10,
             ),
         ),
@@ -228,7 +228,7 @@ CLAIMS = {
         REBUILT,
         (
             Contrast(
-                "local within a twentieth of overlap", "miou", "local", "overlap", sense="near",
+                "local by overlap", "miou", "local", "overlap", sense="near",
                 margin=0.05,
             ),
         ),

@@ -32,8 +32,8 @@ three seeds make wide (its t is 4.3); the two distances from the mean add up in 
 *confirmed* if its whole interval is where it is wanted, *not confirmed* if the whole interval is
 where the claim is wrong or too small to matter, else *undecided*; a claim is what the worst of its
 parts is. What would matter is a share of the rate compared with: `bench/claims_list.py` has all
-margins and levels. Adapters are trained alike for as long as is told below, which is far less than
-the shipped one was: what is found holds for so short a training."""
+margins and levels. Adapters are trained alike for as long as is told below, the shipped one was for
+4,400 steps of 64 pictures: what is found holds for so long a training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Finding:
         contrast, digits = self.contrast, METRICS[self.contrast.metric].digits
         compared = contrast.second is not None
         if contrast.sense == "near":
-            wanted = f"difference within ±{self.margin:.{digits}f}"
+            wanted = f"difference within ±{contrast.margin:.0%}"
         else:
             sign = ">" if contrast.sense == "above" else "<"
             wanted = f"difference {sign} 0" if compared else f"{sign} {contrast.level:g}"

@@ -39,7 +39,7 @@ def _goals() -> Iterable[Goal]:
     for case in (ON_GPU, ON_CPU):
         for mode, least in (("level", 10), ("prefilled", 25)):
             lead = lambda side, mode=mode: side.lead(side.best(mode))
-            yield Goal(f"{FIRST} ÷ {mode}", case, least, False, _at(case, lead), digits=0)
+            yield Goal(f"{FIRST} ÷ {mode}", case, least, False, _at(case, lead), digits=1)
     took = lambda side: side.ms(GRAPH, FORWARD)
     yield Goal(f"{FIRST}, CUDA graph", ON_GPU, 250, True, _at(ON_GPU, took), " ms", digits=0)
 

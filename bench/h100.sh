@@ -50,7 +50,7 @@ rope3d="test_rope3d_kernels test_qformer_kernels"
 rope3d_gpu="test_rope3d_gpu test_cuda_graphs_gpu"
 flux="test_joint_kernels test_norm_rope_kernels test_modulation_kernels"
 edit="test_bench_edit_speed"
-edit_gpu="test_cuda_graphs_gpu test_bench_edit_speed_gpu"
+edit_gpu="test_cuda_graphs_gpu test_editor_gpu test_bench_edit_speed_gpu"
 flux_gpu="test_norm_rope_gpu test_modulation_gpu test_fp8_linear_gpu test_fast_flux_gpu"
 anywhere= on_gpu=
 for suite in "$@"; do

@@ -1,6 +1,7 @@
 """``bench claims``: what is measured, trainings in processes of their own, the command."""
 
 import json
+import math
 import sys
 import time
 from dataclasses import replace
@@ -244,7 +245,7 @@ def test_a_finished_training_is_not_begun_again(tmp_path, monkeypatch):
 def test_a_training_that_fails_says_why(tmp_path, monkeypatch):
     pretend(monkeypatch, tmp_path, "echo no room; exit 3")
     with (
-        trainer(tmp_path) as training,
+        trainer(tmp_path, seconds=math.inf) as training,
         pytest.raises(RuntimeError, match="base-0 ended with 3: no room"),
     ):
         training.train("base", 0).result()

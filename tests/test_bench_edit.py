@@ -1,6 +1,7 @@
 """``bench edit``: ways to edit side by side, with tiny models and with pictures that are known."""
 
 import io
+import math
 from contextlib import redirect_stdout
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ from transformers import T5Config, T5EncoderModel
 
 from bench import edit_cases
 from bench.__main__ import main as bench
+from bench.bootstrap import bootstrap
 from bench.edit import load_editors, measure
 from bench.edit_cases import EditCase, case_names, choose, remembered, unchanged
 from bench.edit_report import BASELINES
@@ -203,6 +205,20 @@ def test_a_case_that_half_succeeds_says_so():
     assert operations["add"]["metrics"]["success"]["mean"] == 1
     assert operations["recolour"]["metrics"]["success"]["mean"] == 0
     assert "same" not in metrics
+
+
+def test_an_interval_is_of_those_resamples_that_have_the_metric():
+    sums = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+
+    def rates(v):
+        ratio = v[0] / v[1] if v[1] else math.inf
+        return {"share": v[1] / v[0], "ratio": ratio, "nothing": math.nan, "endless": math.inf}
+
+    found = bootstrap(sums, rates)
+    assert list(found) == ["share", "ratio"]
+    assert found["share"] == {"mean": pytest.approx(1 / 3), "low": 0, "high": 1}
+    # of three draws one to three are the third; where none is there is no ratio
+    assert found["ratio"] == {"mean": 3, "low": 1, "high": 3}
 
 
 def test_what_was_drawn_once_is_not_drawn_again():

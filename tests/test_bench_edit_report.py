@@ -185,9 +185,9 @@ def test_modes_are_held_against_autoregression_of_the_same_run():
     text = speed_tables([old, *records])
     found = lines(text)
     assert {
-        "| autoregressive ÷ level | t5-large-128-b1 | ≥ 10 | 9.8 | missed |",
-        "| autoregressive ÷ prefilled | t5-large-128-b1 | ≥ 25 | 26.7 | met |",
-        "| autoregressive ÷ level | t5-base-128-b1 | ≥ 10 | – | not measured |",
+        "| autoregressive ÷ level | t5-large-128-b1 | ≥ 10.0 | 9.80 | missed |",
+        "| autoregressive ÷ prefilled | t5-large-128-b1 | ≥ 25.0 | 26.67 | met |",
+        "| autoregressive ÷ level | t5-base-128-b1 | ≥ 10.0 | – | not measured |",
         "| autoregressive, CUDA graph | t5-large-128-b1 | ≤ 250 ms | 240.0 ms | met |",
     } <= found
     assert "| ours-level | 30.00 | 27.00 – 33.00 | 30.00 | 8.0 | 1.0 |" in found
@@ -203,7 +203,7 @@ def test_records_of_a_cpu_are_shown_for_what_they_are():
         speed_record("ours-level", 1.0, gpu="NVIDIA A100"),
     ]
     text = speed_tables(records)
-    assert "| autoregressive ÷ level | t5-base-128-b1 | ≥ 10 | 12.5 | met |" in lines(text)
+    assert "| autoregressive ÷ level | t5-base-128-b1 | ≥ 10.0 | 12.50 | met |" in lines(text)
     assert "No record of an H100 yet" in text
     assert "t5-large-128-b1`" not in text
     assert "x86_64 CPU, 2 threads" in text

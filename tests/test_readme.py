@@ -45,9 +45,10 @@ def test_every_command_it_names_is_there():
     assert commands - {"run"} <= named
     firsts = {name for name, make in RECIPES.items() if not getattr(make(), "parent", None)}
     assert firsts <= {*named, *CHAINS["scenes-encoders"]}
-    assert set(re.findall(r"python -m bench (\w+)", README)) <= SUITES.keys()
+    assert set(re.findall(r"python -m bench ([\w-]+)", README)) <= SUITES.keys()
     helped = CliRunner().invoke(app, ["--help"]).output
-    for command in ("reconstruct", "encode", "decode", "interpolate", "info", "doctor"):
+    commands = "reconstruct", "encode", "decode", "edit", "mix", "interpolate", "info", "doctor"
+    for command in commands:
         assert f"`{command}`" in README or f"sda-fast {command}" in README
         assert command in helped
     targets = set(re.findall(r"^make (\w+)", shell, re.MULTILINE))

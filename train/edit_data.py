@@ -164,7 +164,7 @@ def said(batch: Batch) -> list[str]:
 
 def open_data(
     config: EditConfig, pairs: ShardSource | None, read: Read, ranks: Ranks
-) -> SceneEdits | PictureEdits:
+) -> EditData:
     """The edits of a run; every instruction is looked at, nothing is computed.
 
     Args:
