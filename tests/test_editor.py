@@ -243,6 +243,12 @@ def test_without_projections_it_writes_all_the_same(mode):
     assert editor.generate(source, text, mask).tokens.shape == (1, N, 24)
 
 
+def test_it_writes_under_autocast(editor):
+    with torch.autocast("cpu", torch.bfloat16):
+        found = editor.generate(*given()).tokens
+    torch.testing.assert_close(found.float(), editor.generate(*given()).tokens, rtol=0.1, atol=0.1)
+
+
 def test_a_copy_has_the_same_weights_and_its_own_graphs(editor):
     other = copy.deepcopy(editor)
     assert other.graphs is not editor.graphs

@@ -162,9 +162,7 @@ def said(batch: Batch) -> list[str]:
     return list(batch.texts) or [text_of(text) for text in batch.tensors[SAID]]
 
 
-def open_data(
-    config: EditConfig, pairs: ShardSource | None, read: Read, ranks: Ranks
-) -> EditData:
+def open_data(config: EditConfig, pairs: ShardSource | None, read: Read, ranks: Ranks) -> EditData:
     """The edits of a run; every instruction is looked at, nothing is computed.
 
     Args:

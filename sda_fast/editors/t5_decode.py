@@ -138,7 +138,8 @@ class Writer:
         memory = self.memory, self.memory_mask
         hidden = _pass(editor, self.inputs, seen, *memory, self.cache)
         found = editor.project(hidden)
-        self.written.index_copy_(1, self.place, found)
+        # autocast may have given another dtype
+        self.written.index_copy_(1, self.place, found.to(self.written.dtype))
         self.place.add_(1)
         place = self.place.clamp_max(len(self.order) - 1)  # behind the last one is none
         self.inputs.copy_(editor.embed(found) + editor.positions.index_select(0, place))

@@ -51,6 +51,21 @@ class InstructionEncoder:
         self.model.to(*args, **kwargs)
         return self
 
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each instruction; nothing is computed.
+
+        Raises:
+            ValueError: one is longer than max_length.
+        """
+        # what it would say of texts that are too long is said below
+        rows = self.tokenizer(list(texts), verbose=False).input_ids
+        for text, row in zip(texts, rows, strict=True):
+            if len(row) > self.max_length:
+                raise ValueError(
+                    f"instruction must fit {self.max_length} tokens, got {len(row)}: {text[:80]!r}"
+                )
+        return rows
+
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Read instructions.
@@ -64,13 +79,7 @@ class InstructionEncoder:
         Raises:
             ValueError: one is longer than max_length: nothing of it is cut off in silence.
         """
-        # what it would say of texts that are too long is said below
-        rows = self.tokenizer(list(texts), verbose=False).input_ids
-        for text, row in zip(texts, rows, strict=True):
-            if len(row) > self.max_length:
-                raise ValueError(
-                    f"instruction must fit {self.max_length} tokens, got {len(row)}: {text[:80]!r}"
-                )
+        rows = self.token_ids(texts)
         length = -(-max(map(len, rows)) // MULTIPLE) * MULTIPLE
         pad, device = self.tokenizer.pad_token_id, self.model.device
         ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
