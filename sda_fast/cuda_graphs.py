@@ -28,6 +28,10 @@ class Replay(Protocol):
         """Run it once more on what it reads, for what that changes in place."""
         ...
 
+    def wait(self) -> None:
+        """Before the current stream changes what it reads: until no other one runs it."""
+        ...
+
     def release(self) -> None:
         """Give the graph up, once the device is done with it."""
         ...
@@ -104,7 +108,7 @@ class GraphCache:
             return function(*inputs)
         with self._lock, torch.no_grad():
             now = Addresses.of(modules)
-            kind = about, _kind(inputs)
+            kind = about, kind_of(inputs)
             replay, then = self._graphs.pop(kind, (None, None))
             if replay is not None and then != now:
                 replay.release()
@@ -300,6 +304,10 @@ class GraphReplay:
             self.done.record(stream)
         return result
 
+    def wait(self) -> None:
+        """See Replay."""
+        torch.cuda.current_stream(self.result.device).wait_event(self.done)
+
     def repeat(self) -> None:
         """See Replay."""
         with torch.cuda.device(self.result.device):
@@ -314,7 +322,7 @@ class GraphReplay:
         self.graph.reset()
 
 
-def _kind(inputs: Sequence[Tensor]) -> Hashable:
+def kind_of(inputs: Sequence[Tensor]) -> Hashable:
     """What a graph holds for: all that changes the launches, but for what the modules hold."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (

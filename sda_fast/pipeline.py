@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
@@ -325,7 +325,7 @@ class SemanticPipeline:
         adapter: Folder | None = None,
         clip: Folder | None = None,
         dino: Folder | None = None,
-        editor: Folder | None = None,
+        editor: Folder | Literal[False] | None = None,
         instructions: Folder | None = None,
         dtype: torch.dtype = torch.float32,
         encoder: dict[str, Any] | None = None,
@@ -343,7 +343,7 @@ class SemanticPipeline:
             clip: a folder or hub id of the contrastive encoder.
             dino: a folder or hub id of the DINOv2 encoder. Without encoders the pipeline can only
                 decode.
-            editor: a folder or hub id of an EmbeddingEditor.
+            editor: of an EmbeddingEditor; None: that of path, if the adapter is; False: none.
             instructions: a folder or hub id of the InstructionEncoder that reads for it; None is
                 that of path, or FLUX's own T5.
             dtype: of all weights; ``torch_dtype`` is another name for it.

@@ -8,13 +8,13 @@ optional; ``semantic_pipeline.json`` holds settings, ``SHA256SUMS`` all checksum
 import json
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module, resources
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -72,13 +72,14 @@ class Settings:
 
 
 def find_parts(
-    path: Folder | None, given: dict[str, Folder | None], hub: dict[str, Any]
+    path: Folder | None, given: Mapping[str, Folder | Literal[False] | None], hub: dict[str, Any]
 ) -> tuple[dict[str, Any], Settings]:
     """Where each of PARTS comes from, or None, and the settings of path.
 
     Args:
         path: a saved pipeline, or None; with nothing given either it is the shipped one.
-        given: folder or hub id of each part that does not come from path, else None.
+        given: folder or hub id of each part that does not come from path, else None; False for an
+            editor that is left out.
         hub: options for hub ids. Only ``local_files_only`` counts for others than flux; the rest
             are refused beside such ids, as a revision is one repository's own.
 
@@ -89,19 +90,22 @@ def find_parts(
     """
     for name, part in (("path", path), *given.items()):
         lost = [option for option in FLUX_HUB_OPTIONS if hub.get(option) is not None]
-        if name != "flux" and part not in (None, SHIPPED) and _is_hub_id(part) and lost:
+        if name != "flux" and part and part != SHIPPED and _is_hub_id(part) and lost:
             raise ValueError(
                 f"{', '.join(lost)} must come with folders, as only flux is fetched with it, got "
                 f"the hub id {str(part)!r} as {name}: download it and give its folder"
             )
-    parts: dict[str, Any] = dict.fromkeys(PARTS) | given
+    parts: dict[str, Any] = dict.fromkeys(PARTS) | dict(given)
     settings = Settings()
     if path is not None or not any(given.values()):
         root = find_root(SHIPPED if path is None else path, bool(hub.get("local_files_only")))
         root = root.absolute()  # so that no part that is missing looks like a hub id
         settings = read_settings(root)
         own = ("flux", "adapter", *(("clip", "dino") if settings.encoder else ()))
-        own += tuple(name for name in OPTIONAL if (root / name).is_dir())
+        if given.get("editor") is None and given["adapter"] is None:  # it knows that adapter alone
+            own += tuple(name for name in OPTIONAL if (root / name).is_dir())
+        elif given.get("editor") and (root / "instructions").is_dir():
+            own += ("instructions",)
         parts |= {name: given.get(name) or root / name for name in own}
     if not (parts["flux"] and parts["adapter"]) or bool(parts["clip"]) != bool(parts["dino"]):
         raise ValueError(

@@ -14,7 +14,7 @@ from sda_fast.editors.text import InstructionEncoder
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.encoders import ImageEncoder
 from sda_fast.hierarchy import Hierarchy
-from sda_fast.weights import fingerprint
+from sda_fast.weights import fingerprint, same_model
 
 
 def check_fit(flux: Any, adapter: Any) -> None:
@@ -81,7 +81,7 @@ def load_editor(
             ``InstructionEncoder.from_pretrained``.
         OSError: likewise.
     """
-    if parts["editor"] is None:
+    if not parts["editor"]:
         return None
     editor: Any = EmbeddingEditor.from_pretrained(
         parts["editor"], dtype=dtype, local_files_only=local_files_only
@@ -149,10 +149,10 @@ def check_editor(editor: Editor, adapter: Any) -> None:
             f"{adapter.config['out_features']} channels, got {tree.tokens_per_node} with {channels}"
         )
     learned, here = config["adapter"], fingerprint(adapter)
-    if learned not in (None, here):
+    if learned is not None and not same_model(learned, here):
         raise ValueError(
-            f"editor must have learned the embeddings of this adapter, {here[:12]}, got one that "
-            f"learned those of {learned[:12]}"
+            f"editor must have learned the embeddings of this adapter, {here}, got one that "
+            f"learned those of {learned}"
         )
 
 

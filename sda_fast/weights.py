@@ -22,6 +22,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPE = (
     "dtype" if tuple(map(int, version("diffusers").split(".")[:2])) >= (0, 40) else "torch_dtype"
 )
+UNTOLD = ("dtype", "torch_dtype", "transformers_version", "architectures", "use_cache")
+"""Entries of a config that say nothing of what the model computes."""
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
@@ -158,10 +160,33 @@ def write_safetensors(path: str | PathLike[str], tensors: dict[str, torch.Tensor
     write_whole(file, save({name: t.detach().contiguous() for name, t in tensors.items()}))
 
 
-def fingerprint(module: nn.Module) -> str:
-    """``digest`` of the weights as bfloat16: the same for a model in any dtype it was saved in."""
-    state = {name: t.to(torch.bfloat16) for name, t in module.state_dict().items()}
-    return _digest([state])
+def fingerprint(model: nn.Module, most: int | None = None) -> str:
+    """Which model this is: ``SIZES-WEIGHTS``, hashes of its arguments and of its weights.
+
+    Weights count as bfloat16, so that a model saved in that or in float32 is the same in both.
+    float16 loses what is small: then WEIGHTS is "float16", which fits any.
+
+    Args:
+        model: of diffusers or transformers.
+        most: values of each weight that count, the first ones; None for all.
+    """
+    config: Any = getattr(model, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    known = {k: v for k, v in config.items() if k not in UNTOLD and not k.startswith("_")}
+    state = model.state_dict()
+    shapes = {name: list(t.shape) for name, t in state.items()}
+    told = json.dumps([known, shapes], sort_keys=True, default=str)
+    sizes = hashlib.sha256(told.encode()).hexdigest()[:16]
+    if any(t.dtype == torch.float16 for t in state.values()):
+        return f"{sizes}-float16"
+    weights = _digest([{n: t.flatten()[:most].to(torch.bfloat16) for n, t in state.items()}])
+    return f"{sizes}-{weights[:32]}"
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two fingerprints may be of one model."""
+    (sizes, weights), (sizes_too, weights_too) = one.split("-"), other.split("-")
+    return sizes == sizes_too and (weights == weights_too or "float16" in (weights, weights_too))
 
 
 def digest(*modules: nn.Module) -> str:

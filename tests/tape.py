@@ -38,6 +38,9 @@ class Tape:
             held.copy_(given)
         return self.operators(*self.inputs).clone()
 
+    def wait(self) -> None:
+        assert not self.released
+
     def repeat(self) -> None:
         assert not self.released
         self.operators(*self.inputs)

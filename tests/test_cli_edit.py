@@ -112,7 +112,7 @@ def model_with_editor(request, tmp_path_factory):
 def test_edit_by_words_one_after_the_other(model_with_editor, pictures, tmp_path):
     pipe = SemanticPipeline.from_pretrained(model_with_editor)
     pipe.flux.set_progress_bar_config(disable=True)
-    words = "remove the red circle", "move the blue square to the top left"
+    words = "remove the red circle", "move the blue square to c-4"
     flags = "--model", model_with_editor, "--out", tmp_path / "out"
     picture, file, sheet = lines(run("edit", pictures[0], *words, *flags))
     source = pipe.encode(pictures[0])
@@ -130,7 +130,7 @@ def test_edit_by_words_one_after_the_other(model_with_editor, pictures, tmp_path
     ("words", "named"),
     [
         (["  "], "instruction must be a text that says something"),
-        (["remove the red circle", "remove it " * 99], "instruction must fit 40 tokens, got 199"),
+        (["remove the red circle", "remove one " * 99], "instruction must fit 40 tokens, got 199"),
     ],
 )
 def test_an_instruction_that_cannot_be_followed_writes_nothing(
@@ -140,7 +140,7 @@ def test_an_instruction_that_cannot_be_followed_writes_nothing(
     result = run("edit", pictures[0], *words, "--model", model_with_editor, "--out", out)
     assert result.exit_code == BAD_INPUT, result.exception
     assert named in result.stderr
-    assert not out.exists() or not any(out.iterdir())
+    assert not out.exists()
 
 
 def test_an_editor_with_broken_weights_is_1(pictures, tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_an_editor_with_broken_weights_is_1(pictures, tmp_path, monkeypatch):
         editor.positions.fill_(float("nan"))
     pipe.editor = editor
     monkeypatch.setattr("sda_fast.cli.edit_commands.load_pipeline", lambda *_, **options: pipe)
-    result = run("edit", pictures[0], "remove it", "--out", tmp_path / "out")
+    result = run("edit", pictures[0], "remove one", "--out", tmp_path / "out")
     assert result.exit_code == FAILED, result.exception
     assert "weights may be broken" in result.stderr
 
@@ -223,9 +223,9 @@ def bad_command(kind, model, pictures, script, tmp_path):
     edit = ["edit", good, "--script", script, *flags]
     return {
         "no instruction": (["edit", good, *flags], "INSTRUCTION or a --script, got neither"),
-        "no editor": (["edit", good, "remove it", *flags], "--model must have an editor"),
-        "both": ([*edit, "remove it"], "INSTRUCTION or a --script, got both"),
-        "with alone": (["edit", good, "remove it", *named, *flags], "--with gives names to"),
+        "no editor": (["edit", good, "remove one", *flags], "--model must have an editor"),
+        "both": ([*edit, "remove one"], "INSTRUCTION or a --script, got both"),
+        "with alone": (["edit", good, "remove one", *named, *flags], "--with gives names to"),
         "with without name": ([*edit, "--with", str(good)], "--with must be NAME=FILE"),
         "with twice": ([*edit, *named, *named], "'b' twice"),
         "with of nothing": ([*edit, "--with", "b=none.png"], "none.png"),
@@ -282,7 +282,7 @@ def test_bad_input_is_2_with_a_message_and_writes_nothing(kind, model, pictures,
     assert result.stdout == ""
     assert named in result.stderr
     assert "Traceback" not in result.stderr
-    assert not out.exists() or not any(out.iterdir())
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("role", ["picture", "script", "with"])

@@ -190,6 +190,10 @@ def test_edits_chain_and_are_undone(editor):
     for count in (0, 4, True, 1.5):
         with pytest.raises(ValueError, match="edits must be 1 to 3"):
             third.undo(count)
+    long = third
+    for _ in range(1200):
+        long = EditResult(emb, emb, ("x",) * 2, long.edited, long)
+    assert len(long.history) == 1203
     same = editor.edit(second.embedding, "make the blue square red")
     assert torch.equal(same.embedding.tokens, third.embedding.tokens)
 
@@ -279,10 +283,12 @@ def test_configs_that_cannot_be(change, words):
     ("instruction", "words"),
     [
         ("", "says something"),
-        (["remove it", "  "], "says something"),
-        (["remove it"], "one for each of 2, got 1"),
-        (["remove it", 3], "says something"),
-        (["remove it", "make " * 60], "must fit 40 tokens, got 61"),
+        (["remove", "  "], "says something"),
+        (["remove"], "one for each of 2, got 1"),
+        (["remove", 3], "says something"),
+        (None, "must be a text or texts, got NoneType"),
+        ("xyzzy the red circle", "words that its reader knows, got 'xyzzy the red circle'"),
+        (["remove", "make " * 60], "must fit 40 tokens, got 61"),
     ],
 )
 def test_instructions_that_cannot_be(instruction, words):
@@ -294,13 +300,13 @@ def test_embeddings_that_are_not_the_editors():
     editor = tiny_editor()
     other = SemanticEmbedding(torch.randn(1, 5, CHANNELS), Hierarchy((1, 1)))
     with pytest.raises(ValueError, match=r"hierarchy \(3, 2, 1\), got \(1, 1\)"):
-        editor.edit(other, "remove it")
+        editor.edit(other, "remove the red circle")
     with pytest.raises(ValueError, match="12 channels, got 7"):
-        editor.edit(SemanticEmbedding(torch.randn(1, N, 7), TREE), "remove it")
+        editor.edit(SemanticEmbedding(torch.randn(1, N, 7), TREE), "remove the red circle")
     with pytest.raises(
         ValueError, match="must be a SemanticEmbedding or an EditResult, got Tensor"
     ):
-        editor.edit(torch.randn(1, N, CHANNELS), "remove it")
+        editor.edit(torch.randn(1, N, CHANNELS), "remove the red circle")
 
 
 def test_broken_weights_are_told(mode):
@@ -308,7 +314,7 @@ def test_broken_weights_are_told(mode):
     with torch.no_grad():
         editor.decoder.final_layer_norm.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="weights may be broken"):
-        editor.edit(embedding(), "remove it")
+        editor.edit(embedding(), "remove the red circle")
 
 
 def test_training_needs_a_target_and_words_a_reader():
@@ -318,7 +324,7 @@ def test_training_needs_a_target_and_words_a_reader():
     editor = tiny_editor()
     editor.set_text_encoder(None)
     with pytest.raises(ValueError, match="no encoder of instructions"):
-        editor.edit(embedding(), "remove it")
+        editor.edit(embedding(), "remove the red circle")
     with pytest.raises(ValueError, match="must give 7 features, got 16"):
         tiny_editor(text_features=7).set_text_encoder(tiny_text_encoder())
 
@@ -335,10 +341,10 @@ def test_a_graph_needs_a_gpu_and_what_is_kept(editor):
 
 def test_texts_are_padded_to_few_lengths():
     reader = tiny_text_encoder()
-    text, mask = reader(["remove it", "add a small red circle at c-4"])
+    text, mask = reader(["remove one", "add a small red circle at c-4"])
     assert text.shape == (2, MULTIPLE, FEATURES)
     assert mask.sum(1).tolist() == [3, 9]
-    alone, _ = reader(["remove it"])
+    alone, _ = reader(["remove one"])
     torch.testing.assert_close(alone[:, :3], text[:1, :3], **CLOSE)
     with pytest.raises(ValueError, match="max_length must be positive and known"):
         InstructionEncoder(reader.tokenizer, reader.model, max_length=0)

@@ -21,7 +21,7 @@ from .test_editor import given
 from .tiny_editors import FEATURES, tiny_editor, tiny_text_encoder
 from .tiny_encoders import same_state
 from .tiny_flux import WIDTH
-from .tiny_pipeline import TREE, make_embedding, make_picture, make_pipe
+from .tiny_pipeline import TREE, make_adapter, make_embedding, make_picture, make_pipe
 
 WORDS = "remove the red circle"
 
@@ -34,7 +34,7 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path, mode):
-    editor = tiny_editor(mode, adapter="abc")
+    editor = tiny_editor(mode, adapter="abc-def")
     editor.save_pretrained(tmp_path)
     again = EmbeddingEditor.from_pretrained(tmp_path).eval()
     assert same_state(editor, again)
@@ -230,8 +230,15 @@ def test_a_pipeline_is_saved_with_its_editor(tmp_path):
     again = SemanticPipeline.from_pretrained(tmp_path / "pipe")
     found, expected = (p.edit(make_picture(), WORDS) for p in (again, pipe))
     assert torch.equal(found.embedding.tokens, expected.embedding.tokens)
-    half = SemanticPipeline.from_pretrained(tmp_path / "pipe", dtype=torch.bfloat16)
-    assert half.editor.dtype == torch.bfloat16  # the fingerprint is that of any dtype
+    for dtype in (torch.bfloat16, torch.float16):  # the fingerprint fits any
+        half = SemanticPipeline.from_pretrained(tmp_path / "pipe", dtype=dtype)
+        assert half.editor.dtype == dtype
+    assert SemanticPipeline.from_pretrained(tmp_path / "pipe", editor=False).editor is None
+    make_adapter(seed=6).save_pretrained(tmp_path / "other")
+    other = SemanticPipeline.from_pretrained(tmp_path / "pipe", adapter=tmp_path / "other")
+    assert other.editor is None  # it knows the pipeline's own adapter alone
+    with pytest.raises(ValueError, match="must have learned the embeddings of this adapter"):
+        other.editor = pipe.editor
     pipe.editor = None
     pipe.save_pretrained(tmp_path / "pipe")
     assert SemanticPipeline.from_pretrained(tmp_path / "pipe").editor is None
@@ -277,8 +284,8 @@ def test_editors_of_other_embeddings_are_refused():
         pipe.editor = tiny_editor(channels=WIDTH, tokens_per_node=(4, 2))
     with pytest.raises(ValueError, match=f"{WIDTH} channels, got .* with 7"):
         pipe.editor = tiny_editor(channels=7)
-    with pytest.raises(ValueError, match="that learned those of 0123456789ab"):
-        pipe_with_editor(adapter="0123456789abcdef")
+    with pytest.raises(ValueError, match="learned those of 0123-456789"):
+        pipe_with_editor(adapter="0123-456789")
     with pytest.raises(ValueError, match="must have a method edit, got str"):
         pipe.editor = "remove"
     assert pipe.editor is None
@@ -312,3 +319,13 @@ def test_fingerprints_tell_weights_apart_but_not_dtypes():
     with torch.no_grad():
         adapter.pooled.add_(1)
     assert fingerprint(adapter) != known
+    assert fingerprint(adapter).split("-")[0] == known.split("-")[0]
+    adapter.register_to_config(cross_attention_rope=False)  # the same weights mean something else
+    assert fingerprint(adapter).split("-")[0] != known.split("-")[0]
+
+
+def test_another_reader_of_instructions_is_refused():
+    editor = tiny_editor(instructions=tiny_text_encoder().fingerprint)
+    editor.set_text_encoder(tiny_text_encoder())
+    with pytest.raises(ValueError, match="must be the one that the editor learned with"):
+        editor.set_text_encoder(tiny_text_encoder(seed=9))

@@ -8,6 +8,7 @@ from sda_fast.scenes.models import (
     build_clip,
     build_dino,
     build_flux,
+    build_instruction_encoder,
     build_tokenizer,
     token_ids,
 )
@@ -72,3 +73,10 @@ def test_the_encoders_see_one_patch_grid():
     pictures = torch.rand(1, 3, SMALL.size, SMALL.size)
     for encoder in (build_clip(SMALL), build_dino(SMALL)):
         assert encoder(pictures).last_hidden_state.shape == (1, 65, 96)
+
+
+def test_instructions_are_read_as_people_write_them():
+    tokenizer, _ = build_instruction_encoder(SMALL)
+    plain = tokenizer("remove the red circle at g-12 , and one").input_ids
+    assert tokenizer("Remove the Red circle at g-12 , and one.").input_ids == plain
+    assert tokenizer.unk_token_id not in plain

@@ -19,8 +19,8 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 DEFAULTS = DecodeDefaults(2 * PATCH, 2 * PATCH, steps=2)
 
 
-def make_adapter(pooled_features=WIDTH, out_features=WIDTH) -> SemanticAdapter:
-    torch.manual_seed(5)
+def make_adapter(pooled_features=WIDTH, out_features=WIDTH, seed=5) -> SemanticAdapter:
+    torch.manual_seed(seed)
     adapter = tiny_adapter(
         tokens_per_node=TREE.tokens_per_node,
         out_features=out_features,

@@ -204,7 +204,7 @@ def open_pairs(config: EditConfig, behind: Behind) -> ShardSource | None:
     return source
 
 
-def open_pictures(config: PictureEditConfig, read: Read, ranks: Ranks) -> Source:
+def open_pictures(config: PictureEditConfig, read: Read | None, ranks: Ranks) -> Source:
     """The pairs of pictures that config.data lists; see ``open_data``."""
     path, cache, workers = config.data, config.folder / INDEX, max(1, config.workers)
     if path is None:
@@ -214,7 +214,9 @@ def open_pictures(config: PictureEditConfig, read: Read, ranks: Ranks) -> Source
         )
     if not path.is_file():
         raise FileNotFoundError(f"data must be a file of JSON lines, got {path}, which is none")
-    check_instructions(read, [row[2] for row in read_rows(path)])
+    rows = read_rows(path)
+    if read is not None:
+        check_instructions(read, [row[2] for row in rows])
     return ranks.in_turn(lambda: open_edits(path, cache, workers))
 
 
@@ -284,7 +286,8 @@ def precompute_edits(config: EditConfig, to: Path, ranks: Ranks, count: int | No
         raise ValueError(f"--pairs must be {wanted}, got {'none' if count is None else count}")
     behind = load_adapter(config, ranks)
     if pictures:
-        read = load_instructions(config, ranks)
+        # a language model looks at them when it learns: it is not loaded for its tokenizer
+        read = None if config.llm else load_instructions(config, ranks)
         source, buckets = open_pictures(config, read, ranks), bucket_sizes(config.resolution, FITS)
     else:
         assert count is not None

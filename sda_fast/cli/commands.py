@@ -67,6 +67,7 @@ def _encode(pictures: Pictures, model: Model = "scenes", out: Out = Path("out"))
     with progress_on(stderr_console()) as progress:
         adapter = load_adapter(model, progress)
         task = progress.add_task("encoding", total=len(images))
+        out.mkdir(parents=True, exist_ok=True)
         for image, target in zip(images, targets, strict=True):
             adapter.encode(image).save(target)
             progress.advance(task)

@@ -8,7 +8,7 @@ import typer
 
 from sda_fast.cli.app import Guidance, Model, Nodes, Out, Rule, Seed, Side, Steps, app
 from sda_fast.cli.subjects import count, embed, named_files, open_single, open_subject
-from sda_fast.cli.targets import prepare, result_files, save_pictures
+from sda_fast.cli.targets import LONGEST_NAME, check_targets, result_files, save_pictures
 from sda_fast.cli.terminal import (
     load_pipeline,
     progress_on,
@@ -64,9 +64,9 @@ def _edit(
     others = {name: open_subject(file) for name, file in files.items()}
     targets = result_files(out, [picture] * count(subject), ".edited.png")
     targets += [out / f"{picture.stem}.edited.{end}" for end in ("safetensors", "sheet.png")]
-    prepare(out, targets, [picture, *files.values(), *([script] if script else [])])
+    check_targets(out, targets, [picture, *files.values(), *([script] if script else [])])
     with progress_on(stderr_console()) as progress:
-        pipe = load_pipeline(model, progress, with_t5=script is None)
+        pipe = load_pipeline(model, progress, edits=script is None)
         follow = _editing(pipe, others if script else None)
         result: Any = embed(pipe, subject)
         with working(progress, "editing"):
@@ -106,7 +106,7 @@ def _interpolate(
     strip, file, film = (
         out / f"{a.stem}-to-{b.stem}.{end}" for end in ("strip.png", "safetensors", "gif")
     )
-    prepare(out, [*pictures, strip, file, *([film] if gif else [])], [a, b])
+    check_targets(out, [*pictures, strip, file, *([film] if gif else [])], [a, b])
     with progress_on(stderr_console()) as progress:
         pipe = load_pipeline(model, progress)
         first, last = (embed(pipe, end) for end in ends)
@@ -156,9 +156,9 @@ def _mix(
     weights = weight or [1.0] * len(files)
     parts = shares(weights, len(files))
     subjects = [open_single(file) for file in files]
-    title = "-".join(file.stem for file in files)
+    title = "-".join(file.stem for file in files)[:LONGEST_NAME]
     targets = [out / f"{title}.mixed.{end}" for end in ("png", "safetensors", "sheet.png")]
-    prepare(out, targets, files)
+    check_targets(out, targets, files)
     with progress_on(stderr_console()) as progress:
         pipe = load_pipeline(model, progress)
         given = [embed(pipe, subject) for subject in subjects]

@@ -72,13 +72,13 @@ def sampling_shown(
     }
 
 
-def load_pipeline(model: str, progress: Progress, with_t5: bool = False) -> "SemanticPipeline":
+def load_pipeline(model: str, progress: Progress, edits: bool = False) -> "SemanticPipeline":
     """Load a pipeline without other bars.
 
     Args:
         model: "scenes", or a folder or hub id of a saved pipeline.
         progress: where to show that it loads.
-        with_t5: whether to load FLUX's T5, too: only an editor may need it, to read instructions.
+        edits: whether to load the editor, too, and FLUX's T5, which may read for it.
 
     Raises:
         ValueError: see ``SemanticPipeline.from_pretrained``.
@@ -87,7 +87,8 @@ def load_pipeline(model: str, progress: Progress, with_t5: bool = False) -> "Sem
     with working(progress, f"loading {model}"), quiet():
         from sda_fast.pipeline import SemanticPipeline
 
-        without: dict[str, Any] = {} if with_t5 else {"text_encoder_2": None, "tokenizer_2": None}
+        without: dict[str, Any] = {"text_encoder_2": None, "tokenizer_2": None, "editor": False}
+        without = {} if edits else without
         pipe = SemanticPipeline.from_pretrained(model, **without)
     pipe.flux.set_progress_bar_config(disable=True)
     return pipe

@@ -81,8 +81,12 @@ class EditResult:
     @property
     def history(self) -> tuple["EditResult", ...]:
         """This edit and those before it, the first one first."""
-        before = () if self.parent is None else self.parent.history
-        return (*before, self)
+        found: list[EditResult] = [self]
+        last = self.parent
+        while last is not None:
+            found.append(last)
+            last = last.parent
+        return tuple(reversed(found))
 
     def undo(self, edits: int = 1) -> "SemanticEmbedding | EditResult":
         """What was there before the last edits: an earlier result, or the first embedding.
@@ -161,6 +165,8 @@ def spread_instructions(instruction: str | Sequence[str], count: int) -> tuple[s
     Raises:
         ValueError: an instruction is empty or no text, or there are not as many as pictures.
     """
+    if not isinstance(instruction, Sequence):
+        raise ValueError(f"instruction must be a text or texts, got {type(instruction).__name__}")
     given = (instruction,) * count if isinstance(instruction, str) else tuple(instruction)
     if len(given) != count:
         raise ValueError(f"instruction must be one, or one for each of {count}, got {len(given)}")

@@ -27,9 +27,10 @@ from sda_fast.editors.t5_inputs import above_table, additive, level_mask, order_
 from sda_fast.editors.text import InstructionEncoder
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.files import moved_in_when_whole
+from sda_fast.flux_inputs import check_finite
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.ops.device_tables import kept_table
-from sda_fast.weights import DTYPE, check_weights, read_config, resolve_folder
+from sda_fast.weights import DTYPE, check_weights, read_config, resolve_folder, same_model
 
 
 class EmbeddingEditor(ModelMixin, ConfigMixin):
@@ -58,6 +59,7 @@ class EmbeddingEditor(ModelMixin, ConfigMixin):
         head_dim: likewise.
         ff_width: of its gated feed-forward.
         adapter: ``fingerprint`` of the adapter whose embeddings it learned; None: not known.
+        instructions: ``InstructionEncoder.fingerprint`` of what read for it; None: not known.
 
     Raises:
         ValueError: an argument that cannot be; the message names it.
@@ -78,6 +80,7 @@ class EmbeddingEditor(ModelMixin, ConfigMixin):
         head_dim: int = 64,
         ff_width: int = 2816,
         adapter: str | None = None,
+        instructions: str | None = None,
     ) -> None:
         super().__init__()
         check_config(self.config)
@@ -109,11 +112,17 @@ class EmbeddingEditor(ModelMixin, ConfigMixin):
         """Attach what reads instructions; None takes it off.
 
         Raises:
-            ValueError: its tokens are not as wide as ``text_features``.
+            ValueError: its tokens are not as wide as ``text_features``, or another one read for
+                the editor when it learned.
         """
-        wanted = self.config["text_features"]
+        wanted, known = self.config["text_features"], self.config["instructions"]
         if encoder is not None and encoder.features != wanted:
             raise ValueError(f"encoder must give {wanted} features, got {encoder.features}")
+        if encoder and known is not None and not same_model(known, encoder.fingerprint):
+            raise ValueError(
+                f"encoder must be the one that the editor learned with, {known}, "
+                f"got {encoder.fingerprint}"
+            )
         self._text_encoder = [] if encoder is None else [encoder]
 
     def encode_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -251,6 +260,7 @@ class EmbeddingEditor(ModelMixin, ConfigMixin):
             FloatingPointError: the editor's own numbers are not finite.
         """
         source, parent = unpack_source(emb, self.tree, self.config["channels"])
+        check_finite("emb", source.tokens)  # it may share memory that was written since
         instructions = spread_instructions(instruction, len(source))
         text, mask = self.encode_text(instructions)
         tokens = source.tokens.to(self.device, self.dtype)

@@ -39,8 +39,13 @@ def check_config(config: Mapping[str, Any]) -> None:
             check_int(name, value, least=1)
         elif name == "mode" and value not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {value!r}")
-        elif name == "adapter" and not (value is None or isinstance(value, str)):
-            raise ValueError(f"adapter must be a fingerprint or None, got {value!r}")
+        elif name in ("adapter", "instructions") and not is_fingerprint(value):
+            raise ValueError(f"{name} must be a fingerprint or None, got {value!r}")
+
+
+def is_fingerprint(value: object) -> bool:
+    """Whether it is of the form of ``fingerprint``, or None."""
+    return value is None or (isinstance(value, str) and value.count("-") == 1)
 
 
 def decoder_config(config: Any) -> T5Config:

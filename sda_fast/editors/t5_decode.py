@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from sda_fast.cuda_graphs import WARM_UPS, Addresses, GraphPool, Pool, Replay
+from sda_fast.cuda_graphs import WARM_UPS, Addresses, GraphPool, Pool, Replay, kind_of
 from sda_fast.editors.prediction import Prediction
 from sda_fast.editors.t5_inputs import additive, spans
 
@@ -185,6 +185,7 @@ class Writers:
             return writer.written
         with self._lock:
             writer, replay = self._find(editor, given)
+            replay.wait()
             writer.begin(editor, given)
             writer.step(editor)
             for _ in range(passes - 2):
@@ -200,7 +201,7 @@ class Writers:
     def _find(self, editor: "EmbeddingEditor", given: Given) -> tuple[Writer, Replay]:
         now = Addresses.of([editor])
         device = now.device()
-        kind = tuple((t.shape, t.dtype) for t in given)
+        kind = kind_of(given)
         writer, replay, then = self._held.pop(kind, (None, None, None))
         if replay is not None and then != now:
             replay.release()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
-from sda_fast.weights import check_weights, read_config, resolve_folder
+from sda_fast.weights import check_weights, fingerprint, read_config, resolve_folder
 
 MULTIPLE = 16
 """Texts are padded to a multiple of so many tokens: few shapes, hence few CUDA graphs."""
@@ -46,6 +46,11 @@ class InstructionEncoder:
         """F: channels of a token."""
         return self.model.config.d_model
 
+    @property
+    def fingerprint(self) -> str:
+        """Which model reads, by the beginning of each of its weights: a T5-XXL has 9 GB."""
+        return fingerprint(self.model, most=1024)
+
     def to(self, *args: Any, **kwargs: Any) -> "InstructionEncoder":
         """Move or cast the model in place, as ``torch.nn.Module.to``."""
         self.model.to(*args, **kwargs)
@@ -55,7 +60,7 @@ class InstructionEncoder:
         """The tokens of each instruction; nothing is computed.
 
         Raises:
-            ValueError: one is longer than max_length.
+            ValueError: one is longer than max_length, or has a word that the tokenizer has not.
         """
         # what it would say of texts that are too long is said below
         rows = self.tokenizer(list(texts), verbose=False).input_ids
@@ -63,6 +68,11 @@ class InstructionEncoder:
             if len(row) > self.max_length:
                 raise ValueError(
                     f"instruction must fit {self.max_length} tokens, got {len(row)}: {text[:80]!r}"
+                )
+            if self.tokenizer.unk_token_id in row:
+                raise ValueError(
+                    f"instruction must be of words that its reader knows, got {text[:80]!r}, read "
+                    f"as {self.tokenizer.decode(row)!r}"
                 )
         return rows
 

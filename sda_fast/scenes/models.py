@@ -3,7 +3,7 @@
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-from tokenizers import Regex, Tokenizer
+from tokenizers import Regex, Tokenizer, normalizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
@@ -111,6 +111,9 @@ def build_instruction_encoder(world: World) -> tuple[PreTrainedTokenizerFast, T5
     It is to be trained by filling in masked words.
     """
     tokenizer = build_tokenizer(world, edits.WORDS, (MASK,))
+    # people begin with a capital and end with a full stop
+    plain = [normalizers.Lowercase(), normalizers.Replace(Regex("[.!?;:]"), "")]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(plain)
     return tokenizer, T5EncoderModel(_text_config(len(tokenizer)))
 
 

@@ -96,12 +96,12 @@ def read_rows(path: Path) -> list[Row]:
         OSError: it cannot be read.
     """
     rows: dict[Row, int] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = _read_row(line)
+                row = _read_row(line.decode())  # what is no UTF-8 is a ValueError, too
                 if row in rows:
                     raise ValueError(f"is line {rows[row]} again")
             except ValueError as error:
