@@ -81,7 +81,7 @@ def write_lines(folder, *rows):
     return path
 
 
-def row(source="000.jpg", target="001.jpg", instruction="make it red"):
+def row(source="000.jpg", target="001.jpg", instruction="make one red"):
     return {"source": source, "target": target, "instruction": instruction}
 
 
@@ -123,7 +123,7 @@ def test_a_list_that_is_kept_is_read_again_where_a_picture_has_changed(tmp_path)
         (row(instruction="x" * 1025), "line 2: instruction must have at most 1024 bytes, got 1,02"),
         (row(source=""), "line 2: source must be the name of a file, got ''"),
         (row(instruction="\ud800"), "line 2: .*surrogates"),
-        (row(instruction="make it red "), "line 2: is line 1 again"),
+        (row(instruction="make one red "), "line 2: is line 1 again"),
     ],
 )
 def test_a_line_that_says_nothing_is_named(line, message, data):
@@ -147,10 +147,10 @@ def test_a_pair_that_is_unfit_is_refused_by_name(odd, message, data):
 
 
 def test_of_many_pairs_few_may_be_unfit(data):
-    rows = [row(instruction=f"make it red {n}") for n in range(200)]
+    rows = [row(instruction=f"make one red {n}") for n in range(200)]
     source = open_edits(write_lines(data.parent, *rows, row(target="012.jpg")))
     assert len(source) == 200
-    assert list(source.refused) == ['["000.jpg", "012.jpg", "make it red"]']
+    assert list(source.refused) == ['["000.jpg", "012.jpg", "make one red"]']
 
 
 def test_no_list_at_all(tmp_path):
@@ -304,7 +304,7 @@ def test_pairs_of_another_making_are_refused(data, parts, picture_parts, scene_p
     adapter.save_pretrained(tmp_path / "other")
     other = override(of_scenes, [f"adapter={tmp_path / 'other'}"])
     refuse(
-        other, ValueError, r"pairs must be precomputed as .*pairs: adapter \(was [0-9a-f]{64}, n"
+        other, ValueError, r"pairs must be precomputed as .*pairs: adapter \(was [0-9a-f-]{49}, n"
     )
     refuse(
         override(of_scenes, ["world=full"]), ValueError, r"pairs .*world \(was small, now full\)"
