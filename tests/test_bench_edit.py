@@ -308,7 +308,7 @@ def test_an_editor_that_does_not_fit_is_refused_before_anything_runs(
     editor, says, folders, tmp_path
 ):
     tiny_editor("prefilled", tokens_per_node=(4, 3)).save_pretrained(folders / "other")
-    tiny_editor("prefilled", adapter=64 * "a").save_pretrained(folders / "stranger")
+    tiny_editor("prefilled", adapter="aaaa-bbbb").save_pretrained(folders / "stranger")
     out = tmp_path / "edit.jsonl"
     options = {"--model": folders / "model", "--out": out}
     code, said = run(options, f"--editor={editor.format(root=folders)}")
