@@ -269,7 +269,7 @@ def test_an_editor_learns_in_half_precision_too(parts, tmp_path):
     ("assignment", "message"),
     [
         ("mode=both", "mode must be .*got 'both'"),
-        ("num_heads=5", "width must be a multiple of num_heads, got 192 and 5"),
+        ("num_heads=5", "width must be a multiple of num_heads, got 128 and 5"),
         ("ff_width=0", "ff_width must be at least 1, got 0"),
         ("flow=-1", "flow must be at least 0 and finite, got -1.0"),
         ("lora_rank=0", "lora_rank must be at least 1, got 0"),
