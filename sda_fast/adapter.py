@@ -1,43 +1,32 @@
 """The semantic adapter: patch features of a picture in, a semantic embedding out."""
 
 import math
-from collections.abc import Callable, Sequence
-from os import PathLike
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.import_utils import is_accelerate_available
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from sda_fast.adapter_config import PRESETS, check_config
 from sda_fast.coords import patch_coords
 from sda_fast.cuda_graphs import GraphCache
 from sda_fast.embedding import SemanticEmbedding
-from sda_fast.files import moved_in_when_whole
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.images import Images, group_by_size
+from sda_fast.model_folder import FolderModel
 from sda_fast.ops.device_tables import kept_table
 from sda_fast.qformer import QFormer, RMSNorm
-from sda_fast.weights import (
-    DTYPE,
-    check_weights,
-    read_config,
-    read_safetensors,
-    resolve_folder,
-    write_safetensors,
-)
+from sda_fast.weights import read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     from sda_fast.encoders import ImageEncoder
 
 ENCODER_FILE = "encoder_layers.safetensors"
-HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
 
 
-class SemanticAdapter(ModelMixin, ConfigMixin):
+class SemanticAdapter(FolderModel):
     """Patch features -> two-layer MLP -> QFormer -> Linear and RMSNorm: one vector a position.
 
     The encoder that makes the features is attached with ``set_encoder`` and stays outside the
@@ -62,7 +51,8 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         ValueError: a size or another argument that cannot be; the message names it.
     """
 
-    config_name = "config.json"
+    role = "adapter"
+    beside = (ENCODER_FILE,)
     _supports_gradient_checkpointing = True
 
     @register_to_config
@@ -266,75 +256,21 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
             raise ValueError(f"name must be one of {sorted(PRESETS)}, got {name!r}")
         return cls(**PRESETS[name].config)
 
-    # pyrefly: ignore[bad-override]
-    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
-        """Write config.json, the weights and, if any were opened, the encoder's open layers.
-
-        All is written into a scratch folder in there first: if that fails, an earlier save stays
-        as it was. A folder holds one save, of whatever variant; other files in it stay.
-
-        Args:
-            save_directory: created if it is not there.
-            kwargs: of ``ModelMixin.save_pretrained``; with ``is_main_process=False`` nothing is
-                written.
-
-        Raises:
-            ValueError: ``safe_serialization=False``: no pickle is written.
-            OSError: it is a file, or something cannot be written.
-        """
-        if not kwargs.get("safe_serialization", True):
-            raise ValueError("safe_serialization must stay True: no pickle is written")
-        if not kwargs.get("is_main_process", True):
-            return
-        upload = kwargs.pop("push_to_hub", False)
-        about = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
-        with moved_in_when_whole(save_directory, self.config_name, _is_own_file) as scratch:
-            super().save_pretrained(scratch, **kwargs)
-            layers = self._trained_layers()
-            if layers:
-                write_safetensors(scratch / ENCODER_FILE, layers)
-        if upload:  # last: a hub out of reach must not cost the save
-            about.setdefault("repo_id", Path(save_directory).resolve().name)
-            self.push_to_hub(**about, variant=kwargs.get("variant"))
-
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike[str] | None, **kwargs: Any
-    ) -> "SemanticAdapter":
-        """Load what ``save_pretrained`` wrote; the encoder is attached afterwards.
+    def check_config(cls, config: Mapping[str, Any]) -> None:
+        """See ``FolderModel``."""
+        check_config(config)
 
-        Args:
-            pretrained_model_name_or_path: a folder or a hub id.
-            kwargs: of ``ModelMixin.from_pretrained``: ``dtype`` or ``torch_dtype``, ``subfolder``,
-                ``local_files_only``, ``device_map`` ...
+    def save_beside(self, folder: Path) -> None:
+        """Write the encoder's open layers, if any were opened."""
+        layers = self._trained_layers()
+        if layers:
+            write_safetensors(folder / ENCODER_FILE, layers)
 
-        Raises:
-            ValueError: the config is another model's, the weights are pickled, truncated or
-                foreign, or they do not fit the config.
-            OSError: there is no such folder, or the hub is out of reach.
-        """
-        if pretrained_model_name_or_path is None:
-            raise ValueError("pretrained_model_name_or_path must be a folder or a hub id, got None")
-        path = pretrained_model_name_or_path
-        folder = resolve_folder(path, "adapter", kwargs.pop("local_files_only", None) or False)
-        folder = folder / (kwargs.pop("subfolder", None) or "")
-        _check_folder(folder, cls.__name__)
-        given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
-        kwargs[DTYPE] = given[1] if given[0] is None else given[0]
-        kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
-        try:
-            model, info = super().from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, **kwargs
-            )
-        except (RuntimeError, ValueError) as error:  # a size mismatch is either of them
-            raise _misfit(folder, error) from error
-        faults = {name: found for name, found in info.items() if found}
-        if faults:
-            raise _misfit(folder, faults)
-        model.register_to_config(_name_or_path=str(path) if not Path(path).exists() else "")
+    def load_beside(self, folder: Path) -> None:
+        """See ``FolderModel``."""
         if (folder / ENCODER_FILE).is_file():
-            model._encoder_layers = read_safetensors(folder / ENCODER_FILE)
-        return model
+            self._encoder_layers = read_safetensors(folder / ENCODER_FILE)
 
     def _trained_layers(self) -> dict[str, Tensor]:
         return self._encoder_layers if self.encoder is None else self.encoder.trained_layers()
@@ -345,29 +281,6 @@ class SemanticAdapter(ModelMixin, ConfigMixin):
         if self.encoder is not None:
             self.encoder._apply(fn, recurse)
         return self
-
-
-def _check_folder(folder: Path, name: str) -> None:
-    """Refuse a folder that holds another model or unsafe or torn weights."""
-    config = read_config(folder, "adapter")
-    found = config.get("_class_name")
-    if found != name:
-        raise ValueError(f"adapter: {folder} must hold a {name}, got the config of {found!r}")
-    try:
-        check_config(config)
-    except ValueError as error:
-        raise ValueError(f"adapter: {folder / 'config.json'}: {error}") from error
-    check_weights(folder, "adapter", beside=[ENCODER_FILE])
-
-
-def _is_own_file(name: str) -> bool:
-    """Whether ``save_pretrained`` writes files of that name, in any variant or number."""
-    weights = name.startswith("diffusion_pytorch_model") and ".safetensors" in name
-    return weights or name == ENCODER_FILE
-
-
-def _misfit(folder: Path, reason: object) -> ValueError:
-    return ValueError(f"adapter: {folder} holds weights that do not fit its config: {reason}"[:600])
 
 
 def _plan_growth(old: Hierarchy, new: Hierarchy) -> tuple[Tensor, Tensor]:

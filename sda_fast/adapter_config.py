@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sda_fast.coords import check_int
-from sda_fast.hierarchy import Hierarchy
+from sda_fast.model_folder import check_sizes
 
 SIZES = ("in_features", "width", "num_layers", "num_heads", "out_features", "cross_attention_every")
 
@@ -53,12 +53,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one cannot be; the message names it.
     """
+    check_sizes(config, SIZES)
     for name, value in config.items():
-        if name == "tokens_per_node":
-            Hierarchy(value)
-        elif name in SIZES:
-            check_int(name, value, least=1)
-        elif name == "pooled_features" and value is not None:
+        if name == "pooled_features" and value is not None:
             check_int("pooled_features, unless None,", value, least=1)
         elif name.endswith("_rope") and not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")

@@ -83,15 +83,12 @@ class SemanticPipeline:
 
     @property
     def editor(self) -> Editor | None:
-        """What edits embeddings by words, or None.
-
-        Raises:
-            ValueError: one is set that was made for other embeddings.
-        """
+        """What edits embeddings by words, or None."""
         return self._editor
 
     @editor.setter
     def editor(self, editor: Editor | None) -> None:
+        """Refuse, by a ValueError, one that was made for other embeddings."""
         if editor is not None:
             pipeline_parts.check_editor(editor, self.adapter)
         self._editor = editor

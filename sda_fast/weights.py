@@ -183,6 +183,16 @@ def fingerprint(model: nn.Module, most: int | None = None) -> str:
     return f"{sizes}-{weights[:32]}"
 
 
+def check_fingerprint(name: str, value: object) -> None:
+    """Refuse what is neither None nor of the form of ``fingerprint``.
+
+    Raises:
+        ValueError: it is not; the message names the argument.
+    """
+    if value is not None and not (isinstance(value, str) and value.count("-") == 1):
+        raise ValueError(f"{name} must be a fingerprint or None, got {value!r}")
+
+
 def same_model(one: str, other: str) -> bool:
     """Whether two fingerprints may be of one model."""
     (sizes, weights), (sizes_too, weights_too) = one.split("-"), other.split("-")

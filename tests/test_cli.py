@@ -11,23 +11,27 @@ from PIL import Image
 
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.hierarchy import Hierarchy
-from sda_fast.pipeline import SemanticPipeline
-from tests.command_line import BAD_INPUT, FAILED, lines, pixels, run, write_noise
-from tests.tiny_scenes import STEPS, tiny_scenes_pipeline
+from tests.command_line import (
+    BAD_INPUT,
+    FAILED,
+    lines,
+    load_model,
+    pixels,
+    run,
+    save_model,
+    write_noise,
+)
+from tests.tiny_scenes import STEPS
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_scenes_pipeline().save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def pipe(model):
-    pipe = SemanticPipeline.from_pretrained(model)
-    pipe.flux.set_progress_bar_config(disable=True)
-    return pipe
+    return load_model(model)
 
 
 @pytest.fixture

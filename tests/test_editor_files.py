@@ -74,7 +74,7 @@ def spoil(saved, how):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("class", "must hold an EmbeddingEditor, got the config of 'UNet'"),
+        ("class", "must hold the model EmbeddingEditor, got the config of 'UNet'"),
         ("mode", "mode must be one of"),
         ("width", "do not fit its config"),
         ("more", "do not fit its config"),

@@ -33,7 +33,7 @@ def listing(folder):
 
 
 def test_round_trip(base, tmp_path):
-    editor = tiny_llm_editor(base, shaken=True, adapter="ab12")
+    editor = tiny_llm_editor(base, shaken=True, adapter="ab-12")
     editor.save_pretrained(tmp_path / "a")
     files = listing(tmp_path / "a")
     assert sorted(files) == FILES
@@ -41,7 +41,7 @@ def test_round_trip(base, tmp_path):
     loaded = LLMEditor.from_pretrained(tmp_path / "a", base=base)
     assert same_state(loaded, editor)
     assert not loaded.training
-    assert loaded.config["adapter"] == "ab12"
+    assert loaded.config["adapter"] == "ab-12"
     assert loaded.config["base"] == "qwen2"
     emb = SemanticEmbedding(torch.randn(2, 6, CHANNELS), Hierarchy(TREE))
     results = [e.edit(emb, LONG).embedding.tokens for e in (editor, loaded)]

@@ -10,19 +10,7 @@ from sda_fast.pipeline import SemanticPipeline
 from sda_fast.scenes.render import render
 from sda_fast.scenes.world import SMALL, sample_scenes
 
-TREE = Hierarchy((3, 2, 1))
-
-
-def make(seed=0, batch=2, tree=TREE, dtype=torch.float32, pooled=5):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(batch, tree.num_tokens, 8, generator=generator).to(dtype)
-    vector = torch.randn(batch, pooled, generator=generator).to(dtype) if pooled else None
-    return SemanticEmbedding(tokens, tree, vector)
-
-
-def same(a, b):
-    pooled = a.pooled is b.pooled or torch.equal(a.pooled, b.pooled)
-    return a.tree == b.tree and torch.equal(a.tokens, b.tokens) and pooled
+from .random_embeddings import TREE, make, same
 
 
 def by_path(tree, nodes):

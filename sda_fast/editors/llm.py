@@ -30,14 +30,8 @@ from sda_fast.editors.llm_lora import (
     require_peft,
     write_lora,
 )
-from sda_fast.editors.prediction import Prediction
-from sda_fast.editors.result import (
-    TOUCHED,
-    EditResult,
-    relative_change,
-    spread_instructions,
-    unpack_source,
-)
+from sda_fast.editors.prediction import Prediction, result_of
+from sda_fast.editors.result import EditResult, spread_instructions, unpack_source
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.files import moved_in_when_whole, write_whole
 from sda_fast.flux_inputs import check_finite
@@ -191,13 +185,9 @@ class LLMEditor(ModelMixin, ConfigMixin):
         check_finite("emb", source.tokens)
         instructions = spread_instructions(instruction, len(source))
         text, mask = self.encode_text(instructions)
-        found = self.generate(source.tokens.to(self.device, self.dtype), text, mask)
-        new = found.tokens.to(source.tokens)
-        if not new.isfinite().all():
-            raise FloatingPointError("the editor gave NaN or infinity: its weights may be broken")
-        edited = relative_change(source.tokens, new) > TOUCHED
-        result = SemanticEmbedding(new, source.tree, source.pooled)
-        return EditResult(result, source, instructions, edited, parent)
+        tokens = source.tokens.to(self.device, self.dtype)
+        found = self.generate(tokens, text, mask)
+        return result_of(found, tokens, source, instructions, parent)
 
     @classmethod
     def from_base(

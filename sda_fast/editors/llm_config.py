@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sda_fast.coords import check_int
 from sda_fast.editors.llm_lora import check_lora
 from sda_fast.hierarchy import Hierarchy
-from sda_fast.weights import check_safetensors, check_weights, read_config
+from sda_fast.model_folder import check_class, check_sizes
+from sda_fast.weights import check_fingerprint, check_safetensors, check_weights, read_config
 
 OWN_FILE, LORA_FOLDER = "editor.safetensors", "lora"
 SAVED = (
@@ -21,13 +21,10 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one cannot be; the message names it.
     """
+    check_sizes(config, ("channels", "lora_rank", "max_length"))
     for name, value in config.items():
-        if name == "tokens_per_node":
-            Hierarchy(value)
-        elif name in ("channels", "lora_rank", "max_length"):
-            check_int(name, value, least=1)
-        elif name == "adapter" and not (value is None or isinstance(value, str)):
-            raise ValueError(f"adapter must be a fingerprint or None, got {value!r}")
+        if name == "adapter":
+            check_fingerprint(name, value)
         elif name in ("base", "base_fingerprint") and not isinstance(value, str):
             raise ValueError(f"{name} must be a text, got {value!r}")
 
@@ -54,9 +51,7 @@ def read_checked(folder: Path, name: str) -> dict[str, Any]:
         ValueError: the folder holds another model, or a file is torn or pickled.
     """
     config = read_config(folder, "editor")
-    found = config.get("_class_name")
-    if found != name:
-        raise ValueError(f"editor: {folder} must hold an {name}, got the config of {found!r}")
+    check_class(config, name, "editor", folder)
     try:
         known = {argument: config[argument] for argument in SAVED}
         check_config(known)

@@ -108,15 +108,18 @@ class _Operation:
         self.known: list[str] = []
 
     def value(self, key: str, *default: Any) -> Any:
+        """What a key says, or the default."""
         self.known.append(key)
         if key not in self.written and not default:
             raise ValueError(f"the key {key!r} must be there, got {sorted(self.written)}")
         return self.written.get(key, *default)
 
     def node(self, key: str) -> Node:
+        """The node of a path."""
         return self._find(key, self.value(key))
 
     def pair(self, key: str) -> tuple[Node, Node]:
+        """The nodes of two paths."""
         paths = self.value(key)
         if not isinstance(paths, list) or len(paths) != 2:
             raise ValueError(f"{key} must be a list of two paths, got {paths!r}")
@@ -124,18 +127,21 @@ class _Operation:
         return first, second
 
     def number(self, key: str) -> float:
+        """A finite number."""
         value = self.value(key)
         if not is_finite(value):
             raise ValueError(f"{key} must be a finite number, got {value!r}")
         return float(value)
 
     def switch(self, key: str) -> bool:
+        """True or false; false where it is left out."""
         value = self.value(key, False)
         if not isinstance(value, bool):
             raise ValueError(f"{key} must be true or false, got {value!r}")
         return value
 
     def other(self, key: str, with_pooled: bool) -> str:
+        """The name of an embedding that can be mixed in."""
         name = self.value(key)
         if not isinstance(name, str) or name not in self.others:
             raise ValueError(f"{key} must be one of {sorted(self.others)}, got {name!r}")

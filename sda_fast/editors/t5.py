@@ -1,39 +1,29 @@
 """The editor of the seed: the decoder half of a T5 that writes a new embedding."""
 
-from collections.abc import Sequence
-from os import PathLike
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.import_utils import is_accelerate_available
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from sda_fast.cuda_graphs import GraphCache
-from sda_fast.editors.prediction import Prediction
-from sda_fast.editors.result import (
-    TOUCHED,
-    EditResult,
-    relative_change,
-    spread_instructions,
-    unpack_source,
-)
+from sda_fast.editors.prediction import Prediction, result_of
+from sda_fast.editors.result import EditResult, spread_instructions, unpack_source
 from sda_fast.editors.t5_config import PRESETS, Mode, check_config, decoder_config
 from sda_fast.editors.t5_decode import Writers, generate
 from sda_fast.editors.t5_inputs import above_table, additive, level_mask, order_mask
 from sda_fast.editors.text import InstructionEncoder
 from sda_fast.embedding import SemanticEmbedding
-from sda_fast.files import moved_in_when_whole
 from sda_fast.flux_inputs import check_finite
 from sda_fast.hierarchy import Hierarchy
+from sda_fast.model_folder import FolderModel
 from sda_fast.ops.device_tables import kept_table
-from sda_fast.weights import DTYPE, check_weights, read_config, resolve_folder, same_model
+from sda_fast.weights import same_model
 
 
-class EmbeddingEditor(ModelMixin, ConfigMixin):
+class EmbeddingEditor(FolderModel):
     """(embedding, instruction) -> embedding, by a T5 decoder that cross-attends to both.
 
     What the decoder reads is ``concat(embedding, text)``, each projected to its width where that
@@ -65,7 +55,7 @@ class EmbeddingEditor(ModelMixin, ConfigMixin):
         ValueError: an argument that cannot be; the message names it.
     """
 
-    config_name = "config.json"
+    role = "editor"
 
     @register_to_config
     def __init__(
@@ -265,18 +255,7 @@ class EmbeddingEditor(ModelMixin, ConfigMixin):
         text, mask = self.encode_text(instructions)
         tokens = source.tokens.to(self.device, self.dtype)
         found = self.generate(tokens, text, mask, graph=graph)
-        # a gate that is NaN would count as closed
-        if not all(t.isfinite().all() for t in (found.tokens, found.gate) if t is not None):
-            raise FloatingPointError("the editor gave NaN or infinity: its weights may be broken")
-        new = found.over(tokens).to(source.tokens)
-        if found.gate is None:
-            edited = relative_change(source.tokens, new) > TOUCHED
-        else:
-            # not by way of the editor's dtype: what is closed stays bit for bit
-            edited = (found.gate > 0).to(new.device)
-            new = torch.where(edited[..., None], new, source.tokens)
-        result = SemanticEmbedding(new, source.tree, source.pooled)
-        return EditResult(result, source, instructions, edited, parent)
+        return result_of(found, tokens, source, instructions, parent)
 
     @classmethod
     def from_preset(cls, name: str, **config: Any) -> "EmbeddingEditor":
@@ -293,75 +272,7 @@ class EmbeddingEditor(ModelMixin, ConfigMixin):
             raise ValueError(f"name must be one of {sorted(PRESETS)}, got {name!r}")
         return cls(**{**PRESETS[name], **config})
 
-    # pyrefly: ignore[bad-override]
-    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
-        """Write config.json and the weights, in the place of an earlier save once whole.
-
-        Args:
-            save_directory: created if it is not there; other files in it stay.
-            kwargs: of ``ModelMixin.save_pretrained``.
-
-        Raises:
-            ValueError: ``safe_serialization=False``: no pickle is written.
-            OSError: it is a file, or something cannot be written.
-        """
-        if not kwargs.get("safe_serialization", True):
-            raise ValueError("safe_serialization must stay True: no pickle is written")
-        with moved_in_when_whole(save_directory, self.config_name, _is_own_file) as scratch:
-            super().save_pretrained(scratch, **kwargs)
-
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike[str] | None, **kwargs: Any
-    ) -> "EmbeddingEditor":
-        """Load what ``save_pretrained`` wrote; what reads instructions is attached afterwards.
-
-        Args:
-            pretrained_model_name_or_path: a folder or a hub id.
-            kwargs: of ``ModelMixin.from_pretrained``: ``dtype``, ``local_files_only`` ...
-
-        Raises:
-            ValueError: the config is another model's, the weights are pickled, truncated or
-                foreign, or they do not fit the config.
-            OSError: there is no such folder, or the hub is out of reach.
-        """
-        path = pretrained_model_name_or_path
-        if path is None:
-            raise ValueError("pretrained_model_name_or_path must be a folder or a hub id, got None")
-        folder = resolve_folder(path, "editor", kwargs.pop("local_files_only", None) or False)
-        _check_folder(folder, cls.__name__)
-        given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
-        kwargs[DTYPE] = given[1] if given[0] is None else given[0]
-        kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
-        try:
-            model, info = super().from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, **kwargs
-            )
-        except (RuntimeError, ValueError) as error:  # a size mismatch is either of them
-            raise _misfit(folder, error) from error
-        faults = {name: found for name, found in info.items() if found}
-        if faults:
-            raise _misfit(folder, faults)
-        model.register_to_config(_name_or_path="" if Path(path).exists() else str(path))
-        return model
-
-
-def _check_folder(folder: Path, name: str) -> None:
-    """Refuse a folder that holds another model or unsafe or torn weights."""
-    config = read_config(folder, "editor")
-    found = config.get("_class_name")
-    if found != name:
-        raise ValueError(f"editor: {folder} must hold an {name}, got the config of {found!r}")
-    try:
+    def check_config(cls, config: Mapping[str, Any]) -> None:
+        """See ``FolderModel``."""
         check_config(config)
-    except ValueError as error:
-        raise ValueError(f"editor: {folder / 'config.json'}: {error}") from error
-    check_weights(folder, "editor")
-
-
-def _is_own_file(name: str) -> bool:
-    return name.startswith("diffusion_pytorch_model") and ".safetensors" in name
-
-
-def _misfit(folder: Path, reason: object) -> ValueError:
-    return ValueError(f"editor: {folder} holds weights that do not fit its config: {reason}"[:600])

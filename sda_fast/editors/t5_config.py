@@ -5,8 +5,8 @@ from typing import Any, Literal, get_args
 
 from transformers import T5Config
 
-from sda_fast.coords import check_int
-from sda_fast.hierarchy import Hierarchy
+from sda_fast.model_folder import check_sizes
+from sda_fast.weights import check_fingerprint
 
 Mode = Literal["autoregressive", "prefilled", "level", "delta"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -32,20 +32,12 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one cannot be; the message names it.
     """
+    check_sizes(config, SIZES)
     for name, value in config.items():
-        if name == "tokens_per_node":
-            Hierarchy(value)
-        elif name in SIZES:
-            check_int(name, value, least=1)
-        elif name == "mode" and value not in MODES:
+        if name == "mode" and value not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {value!r}")
-        elif name in ("adapter", "instructions") and not is_fingerprint(value):
-            raise ValueError(f"{name} must be a fingerprint or None, got {value!r}")
-
-
-def is_fingerprint(value: object) -> bool:
-    """Whether it is of the form of ``fingerprint``, or None."""
-    return value is None or (isinstance(value, str) and value.count("-") == 1)
+        if name in ("adapter", "instructions"):
+            check_fingerprint(name, value)
 
 
 def decoder_config(config: Any) -> T5Config:
