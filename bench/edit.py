@@ -12,13 +12,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from bench.bootstrap import bootstrap
 from bench.edit_cases import EditCase, EditSuite, case_names, choose
 from bench.edit_report import BASELINES, SHIPPED, edit_tables
+from bench.progress import bars
 from bench.quality import BATCH, DIGITS, SEED_STEP, Suite
 from bench.records import Record, append_record, commit, run_id, versions
 from sda_fast.editors.result import Editor
@@ -89,9 +88,7 @@ def run(suite: EditSuite, out: Path) -> list[Record]:
     about |= {"scenes": drawer.scenes, "seeds": drawer.seeds, "steps": drawer.steps}
     drawer.pipe.flux.set_progress_bar_config(disable=True)
     records = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with bars() as progress:
         start = time.perf_counter()
         for case in suite.cases(progress):
             name = f"{case.part}/{case.variant}" + (f" {case.step}" if case.step else "")

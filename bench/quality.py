@@ -7,19 +7,18 @@ parser's own ceiling is measured too, on the same scenes.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 
 from bench.bootstrap import bootstrap as intervals
 from bench.inversion import invert
-from bench.records import Record, append_record, commit, versions
+from bench.progress import bars
+from bench.records import Record, append_record, commit, run_id, versions
 from bench.report import quality_tables
 from sda_fast.adapter import SemanticAdapter
 from sda_fast.embedding import SemanticEmbedding
@@ -248,14 +247,11 @@ def _seeded(seed: int) -> torch.Generator:
 def run(suite: Suite, out: Path) -> list[Record]:
     """Measure every case, appending each record to out as soon as it is there."""
     # asked once: the results file itself may be tracked
-    about = {"versions": versions(), "commit": commit()}
-    about["run"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    about = {"versions": versions(), "commit": commit(), "run": run_id()}
     about["decoder"] = digest(suite.pipe.flux.transformer)[:DIGITS]
     suite.pipe.flux.set_progress_bar_config(disable=True)
     records = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with bars() as progress:
         start = time.perf_counter()
         for case in suite.cases(progress):
             total = len(case.scenes) * case.seeds

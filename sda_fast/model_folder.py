@@ -142,7 +142,9 @@ def check_class(config: Mapping[str, Any], name: str, role: str, folder: Path) -
     """
     found = config.get("_class_name")
     if found != name:
-        raise ValueError(f"{role}: {folder} must hold the model {name}, got the config of {found!r}")
+        raise ValueError(
+            f"{role}: {folder} must hold the model {name}, got the config of {found!r}"
+        )
 
 
 def check_sizes(config: Mapping[str, Any], sizes: Collection[str]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sda_fast.editors.prediction import Prediction
 from sda_fast.editors.result import TOUCHED, relative_change
+from sda_fast.editors.text import InstructionEncoder
 from sda_fast.losses import edit_loss
 from sda_fast.pipeline import SemanticPipeline
 from sda_fast.pipeline_folder import DecodeDefaults
@@ -88,9 +89,8 @@ class EditStage:
         if gate is not None and opened is not None:
             wrong = F.binary_cross_entropy_with_logits(gate.float(), opened.float())
             soft = gate.sigmoid()
-            reached = (soft - soft.detach())[..., None] * (
-                tokens - source
-            )  # zero, but for gradients
+            # zero, but for gradients
+            reached = (soft - soft.detach())[..., None] * (tokens - source)
             tokens = found.over(source) + reached
             loss = loss + wrong
             parts |= {"gate": wrong.detach(), "gate_share": (gate > 0).float().mean()}
@@ -203,5 +203,11 @@ class EditStage:
         return len(shares(self.config, self.ranks)[0])
 
     def save(self, folder: Path) -> None:
-        """Write the editor to folder/editor."""
+        """Write the editor to folder/editor, and what reads for it to folder/instructions.
+
+        FLUX's own T5 is not written again.
+        """
         self.editor.save_pretrained(folder / "editor")
+        of_flux = isinstance(self.config, PictureEditConfig) and self.config.instructions is None
+        if isinstance(self.read_text, InstructionEncoder) and not of_flux:
+            self.read_text.save_pretrained(folder / "instructions")

@@ -105,7 +105,7 @@ def export_editor(run: Path, target: Path = SHIPPED) -> int:
         raise ValueError(f"editor must be a run of scenes-edit-..., got {run} of {config.name}")
     folder = require(run / "export" / "editor", "editor")
     editor: Any = EmbeddingEditor.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    reader = InstructionEncoder.from_pretrained(config.part("instructions"), torch.bfloat16)
+    reader = InstructionEncoder.from_pretrained(run / "export/instructions", torch.bfloat16)
     editor.set_text_encoder(reader)
     pipe = SemanticPipeline.from_pretrained(target, dtype=torch.bfloat16)
     pipe.editor = editor
