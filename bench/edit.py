@@ -24,7 +24,7 @@ from sda_fast.editors.result import Editor
 from sda_fast.editors.t5 import EmbeddingEditor
 from sda_fast.editors.text import InstructionEncoder
 from sda_fast.pipeline import SemanticPipeline
-from sda_fast.pipeline_parts import check_editor
+from sda_fast.pipeline_parts import check_editor, open_editor
 from sda_fast.scenes.edit_score import EditSums, edit_rates, score_edits
 from sda_fast.scenes.edits import OPERATIONS
 from sda_fast.weights import digest
@@ -165,13 +165,14 @@ def load_editors(given: list[str], pipe: SemanticPipeline) -> dict[str, Editor]:
             raise ValueError(f"editor must be NAME=FOLDER, got {text!r}")
         if name in {*editors, *BASELINES, SHIPPED}:
             raise ValueError(f"editor must have a name of its own, got {name!r} again")
-        found: Any = EmbeddingEditor.from_pretrained(path).eval()
-        beside = Path(path).parent / "instructions"
-        if beside.is_dir():
-            reader = InstructionEncoder.from_pretrained(beside)
-        else:
+        found = open_editor(path)
+        if isinstance(found, EmbeddingEditor):
+            beside: Any = Path(path).parent / "instructions"
             reader = getattr(own, "text_encoder", None)
-        found.set_text_encoder(reader or InstructionEncoder(flux.tokenizer_2, flux.text_encoder_2))
+            if beside.is_dir():
+                reader = InstructionEncoder.from_pretrained(beside)
+            reader = reader or InstructionEncoder(flux.tokenizer_2, flux.text_encoder_2)
+            found.set_text_encoder(reader)
         check_editor(found, pipe.adapter)
         editors[name] = found
     return editors

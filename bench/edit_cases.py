@@ -221,9 +221,9 @@ def unchanged(result: EditResult) -> Tensor:
 
 def describe(editor: Any) -> Record:
     """What a record says of an editor: its mode and a digest of all that it computes with."""
-    reader = editor.text_encoder
+    reader = getattr(editor, "text_encoder", None)
     modules = (editor,) if reader is None else (editor, reader.model)
-    return {"mode": editor.mode, "editor": digest(*modules)[:DIGITS]}
+    return {"mode": getattr(editor, "mode", "llm"), "editor": digest(*modules)[:DIGITS]}
 
 
 def case_names(editors: Iterable[str]) -> list[str]:

@@ -340,7 +340,7 @@ class SemanticPipeline:
             clip: a folder or hub id of the contrastive encoder.
             dino: a folder or hub id of the DINOv2 encoder. Without encoders the pipeline can only
                 decode.
-            editor: of an EmbeddingEditor; None: that of path, if the adapter is; False: none.
+            editor: of an editor; None: that of path, if the adapter is; False: none.
             instructions: a folder or hub id of the InstructionEncoder that reads for it; None is
                 that of path, or FLUX's own T5.
             dtype: of all weights; ``torch_dtype`` is another name for it.
@@ -382,8 +382,8 @@ class SemanticPipeline:
 
         Raises:
             ValueError: path is a file, such a folder or the working directory, FLUX carries an
-                adapter or fused projections, which its config does not tell of, or the editor is
-                no EmbeddingEditor.
+                adapter or fused projections, which its config does not tell of, or the editor has
+                no folder, as a script.
         """
         check_plain(self.flux.components)
         encoder = self.adapter.encoder

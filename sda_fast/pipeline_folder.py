@@ -1,7 +1,7 @@
 """The folder of a saved pipeline: its layout, settings and checksums, and the FLUX in it.
 
 ``flux/`` is a stock Flux pipeline, ``adapter/`` a SemanticAdapter, ``clip/`` and ``dino/`` are
-vision encoders, ``editor/`` an EmbeddingEditor and ``instructions/`` what reads for it, both
+vision encoders, ``editor/`` is an editor and ``instructions/`` what reads for it, both
 optional; ``semantic_pipeline.json`` holds settings, ``SHA256SUMS`` all checksums.
 """
 

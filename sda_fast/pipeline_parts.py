@@ -14,7 +14,7 @@ from sda_fast.editors.text import InstructionEncoder
 from sda_fast.embedding import SemanticEmbedding
 from sda_fast.encoders import ImageEncoder
 from sda_fast.hierarchy import Hierarchy
-from sda_fast.weights import fingerprint, same_model
+from sda_fast.weights import fingerprint, read_config, resolve_folder, same_model
 
 
 def check_fit(flux: Any, adapter: Any) -> None:
@@ -64,35 +64,60 @@ def load_adapter(
     return adapter
 
 
+def open_editor(
+    folder: Any, dtype: torch.dtype = torch.float32, local_files_only: bool = False
+) -> Any:
+    """The editor that a folder holds, in the class that it names.
+
+    Args:
+        folder: or a hub id.
+        dtype: of the weights; what an LLMEditor learned stays float32.
+        local_files_only: take hub ids from the cache alone.
+
+    Raises:
+        ImportError: it is an LLMEditor and peft is not installed.
+        ValueError: it is none, or see its ``from_pretrained``.
+        OSError: likewise.
+    """
+    kind: Any = EmbeddingEditor
+    root = resolve_folder(folder, "editor", local_files_only)
+    if read_config(root, "editor").get("_class_name") == "LLMEditor":
+        from sda_fast.editors.llm import LLMEditor
+
+        kind = LLMEditor
+    return kind.from_pretrained(folder, dtype=dtype, local_files_only=local_files_only).eval()
+
+
 def load_editor(
     parts: Mapping[str, Any], flux: Any, dtype: torch.dtype, local_files_only: bool
-) -> EmbeddingEditor | None:
+) -> Any:
     """The editor, if there is one, with what reads its instructions.
 
     Args:
         parts: folders or hub ids of "editor" and "instructions", or None; without instructions
-            FLUX's own T5 reads them, if it was loaded.
+            FLUX's own T5 reads them, if it was loaded. An LLMEditor reads for itself.
         flux: the pipeline.
         dtype: of the weights.
         local_files_only: take hub ids from the cache alone.
 
     Raises:
-        ValueError: see ``EmbeddingEditor.from_pretrained`` and
-            ``InstructionEncoder.from_pretrained``.
+        ImportError: see ``open_editor``.
+        ValueError: see ``open_editor`` and ``InstructionEncoder.from_pretrained``.
         OSError: likewise.
     """
     if not parts["editor"]:
         return None
-    editor: Any = EmbeddingEditor.from_pretrained(
-        parts["editor"], dtype=dtype, local_files_only=local_files_only
-    ).eval()
+    editor = open_editor(parts["editor"], dtype, local_files_only)
+    if not isinstance(editor, EmbeddingEditor):
+        return editor
+    known: Any = editor
     if parts["instructions"] is not None:
-        editor.set_text_encoder(
+        known.set_text_encoder(
             InstructionEncoder.from_pretrained(parts["instructions"], dtype, local_files_only)
         )
     elif flux.text_encoder_2 is not None and flux.tokenizer_2 is not None:
-        editor.set_text_encoder(InstructionEncoder(flux.tokenizer_2, flux.text_encoder_2))
-    return editor
+        known.set_text_encoder(InstructionEncoder(flux.tokenizer_2, flux.text_encoder_2))
+    return known
 
 
 def save_adapter(adapter: Any, folder: Path) -> None:
@@ -118,14 +143,14 @@ def save_editor(editor: Editor | None, flux: Any, folder: Path) -> None:
     """
     if editor is None:
         return
-    if not isinstance(editor, EmbeddingEditor):
-        raise ValueError(
-            f"editor must be an EmbeddingEditor to be saved with the pipeline, got "
-            f"{type(editor).__name__}: save it by itself and take it off first"
-        )
     known: Any = editor
+    if not hasattr(known, "save_pretrained"):
+        raise ValueError(
+            f"editor must have a folder to be saved with the pipeline, got {type(known).__name__}: "
+            f"take it off first"
+        )
     known.save_pretrained(folder / "editor")
-    reader = known.text_encoder
+    reader = getattr(known, "text_encoder", None)
     if reader is not None and reader.model is not flux.text_encoder_2:
         reader.save_pretrained(folder / "instructions")
 

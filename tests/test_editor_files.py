@@ -7,6 +7,7 @@ import torch
 
 from sda_fast import cuda_graphs
 from sda_fast.cuda_graphs import GraphCache
+from sda_fast.editors.llm import LLMEditor
 from sda_fast.editors.script import ScriptEditor
 from sda_fast.editors.t5 import EmbeddingEditor
 from sda_fast.editors.t5_config import MODES
@@ -21,6 +22,7 @@ from .test_editor import given
 from .tiny_editors import FEATURES, tiny_editor, tiny_text_encoder
 from .tiny_encoders import same_state
 from .tiny_flux import WIDTH
+from .tiny_llm import tiny_llm_editor, write_base
 from .tiny_pipeline import TREE, make_adapter, make_embedding, make_picture, make_pipe
 
 WORDS = "remove the red circle"
@@ -297,9 +299,27 @@ def test_a_script_edits_in_a_pipeline_but_is_not_saved_with_it(tmp_path):
     pipe.editor = ScriptEditor()
     result = pipe.edit(make_picture(), '[{"op": "zero", "node": "/1"}]')
     assert not result.embedding["/1"].any()
-    with pytest.raises(ValueError, match="must be an EmbeddingEditor to be saved"):
+    with pytest.raises(ValueError, match="must have a folder to be saved"):
         pipe.save_pretrained(tmp_path / "pipe")
     assert not (tmp_path / "pipe").exists()
+
+
+def test_a_language_model_edits_in_a_pipeline_and_is_saved_with_it(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)  # the language model is known by its name alone
+    pipe = make_pipe()
+    base = write_base(tmp_path / "base", positions=TREE.num_tokens)
+    pipe.editor = tiny_llm_editor(
+        base, shaken=True, tokens_per_node=TREE.tokens_per_node, channels=WIDTH,
+        adapter=fingerprint(pipe.adapter),
+    )  # fmt: skip
+    expected = pipe.edit(make_picture(), "add a small red circle")
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert not (tmp_path / "pipe/instructions").exists()
+    again = SemanticPipeline.from_pretrained(tmp_path / "pipe")
+    assert isinstance(again.editor, LLMEditor)
+    found = again.edit(make_picture(), "add a small red circle")
+    assert torch.equal(found.embedding.tokens, expected.embedding.tokens)
 
 
 def test_moving_a_pipeline_moves_its_editor():

@@ -16,7 +16,9 @@ TREE, CHANNELS, LIMIT = (2, 1), 8, 10
 OPTIONS = {"lora_rank": 4, "max_length": LIMIT}
 
 
-def write_base(folder: Path, kind: str = "qwen2", seed: int = 0, **saving) -> Path:
+def write_base(
+    folder: Path, kind: str = "qwen2", seed: int = 0, positions: int = 6, **saving
+) -> Path:
     """Write config, weights and a tokenizer of one word a token; return the folder."""
     config = getattr(transformers, f"{CLASSES[kind]}Config")(
         vocab_size=len(WORDS) + 1,
@@ -26,7 +28,7 @@ def write_base(folder: Path, kind: str = "qwen2", seed: int = 0, **saving) -> Pa
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        max_position_embeddings=LIMIT + 2 * (TREE[0] + 4 * TREE[1]),
+        max_position_embeddings=LIMIT + 2 * positions,
         tie_word_embeddings=kind == "llama",
     )
     with torch.random.fork_rng(devices=[]):
@@ -48,7 +50,8 @@ def write_base(folder: Path, kind: str = "qwen2", seed: int = 0, **saving) -> Pa
 
 def tiny_llm_editor(base: Path, shaken: bool = False, **options) -> LLMEditor:
     """An editor for positions of ``CHANNELS`` in ``TREE``; shaken: as if it had learned."""
-    editor = LLMEditor.from_base(base, TREE, CHANNELS, **{**OPTIONS, **options}).eval()
+    known = {"tokens_per_node": TREE, "channels": CHANNELS, **OPTIONS}
+    editor = LLMEditor.from_base(base, **known | options).eval()
     if shaken:
         torch.manual_seed(3)
         with torch.no_grad():
