@@ -8,45 +8,23 @@ from sda_fast.adapter import SemanticAdapter
 from sda_fast.hierarchy import Hierarchy
 from sda_fast.weights import digest
 from tests.pictures import write_pictures
-from train.__main__ import build_stage
+from tests.tiny_training import build, gradient, tiny
 from train.checkpoint import newest_valid, read_state
 from train.config import override
 from train.data.source import open_source
 from train.flux import precompute_for
 from train.frozen import find_parts
 from train.loop import train
+from train.nonfinite import replay
 from train.ranks import Ranks
 from train.recipes import RECIPES
 from train.report import read_log
 from train.state import State
 
-TINY = [
-    "rehearsal=small", "resolution=32", "steps=3", "batch_size=4", "micro_batch=2", "workers=0",
-    "precision=fp32", "warmup_steps=1", "log_every=1", "eval_every=3", "eval_pictures=4",
-    "checkpoint_every=2", "level_dropout=0", "tokens_per_node=4,2", "adamw_lr=1e-3",
-]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-def tiny(out_dir, data, *more):
-    return override(RECIPES["rehearse"](), [*TINY, f"data={data}", f"out_dir={out_dir}", *more])
-
-
-def build(config):
-    return build_stage(config, Ranks())
-
-
-def gradient(stage, batches):
-    """Mean losses of the batches, and the gradient of all that learns."""
-    state = State(stage.config, stage, Ranks())
-    losses, _ = state.backward(batches)
-    grads = {name: p.grad.clone() for name, p in stage.trained.named_parameters()}
-    state.forget()
-    return losses, grads
 
 
 def test_a_run_on_pictures_leaves_frozen_what_is_frozen_and_saves_what_was_opened(data, tmp_path):
@@ -260,3 +238,19 @@ def test_the_phases_derive_from_one_another():
     }  # fmt: skip
     assert {made[n].open_layers for n in ("phase4-768", "phase4-1024")} == {4}
     assert json.loads(json.dumps(made["phase0-16"].resolution)) == 512
+
+
+def test_a_step_of_a_sharded_run_is_computed_again_by_one_process(data, tmp_path):
+    config = tiny(tmp_path, data)
+    train(config, build(config))
+    newest = newest_valid(config.folder / "checkpoints", pytest.fail)
+    note = config.folder / "nonfinite/step-000003.json"
+    note.parent.mkdir()
+    about = {"step": 3, "state": f"../checkpoints/{newest.name}", "world_size": 2, "micro_batch": 2}
+    note.write_text(json.dumps(about))
+    found = replay(note, build_stage, Ranks())
+    assert [row["rank"] for row in found] == [0, 1]
+    assert all(row["finite"] for row in found)
+    settings = config.folder / "config.json"
+    settings.write_text(settings.read_text().replace('"shard_flux": false', '"shard_flux": true'))
+    assert replay(note, build_stage, Ranks()) == found

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.pictures import write_pictures
-from tests.test_train_flux import tiny
+from tests.tiny_training import tiny
 from train.__main__ import build_stage
 from train.checkpoint import newest_valid, read_state
 from train.config import override

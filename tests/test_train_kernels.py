@@ -8,7 +8,7 @@ import torch
 from sda_fast import scenes
 from tests.pictures import write_pictures
 from tests.test_train_chain import tiny as tiny_scenes
-from tests.test_train_flux import build, gradient, tiny
+from tests.tiny_training import build, gradient, tiny
 from train.__main__ import build_stage
 from train.loop import train
 from train.ranks import Ranks

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.pictures import write_pictures
-from tests.test_train_flux import TINY
+from tests.tiny_training import TINY
 from tests.train_processes import Run
 from train.checkpoint import newest_valid, read_state
 from train.report import read_log

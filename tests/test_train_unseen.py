@@ -6,33 +6,21 @@ import torch
 from PIL import Image
 
 from tests.pictures import write_pictures
-from train.__main__ import build_stage
+from tests.tiny_training import build, tiny
 from train.config import override
 from train.data.order import assign_buckets, bucket_sizes
 from train.data.source import open_source
 from train.flux import hold_out, precompute_for
 from train.loop import train
 from train.ranks import Ranks
-from train.recipes import RECIPES
 from train.state import State
 
-TINY = [
-    "rehearsal=small", "resolution=32", "steps=1", "batch_size=4", "micro_batch=4", "workers=0",
-    "precision=fp32", "warmup_steps=1", "log_every=1", "eval_every=9", "eval_pictures=4",
-]  # fmt: skip
+WORDS = "steps=1", "micro_batch=4", "eval_every=9"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-def tiny(out_dir, data, *more):
-    return override(RECIPES["rehearse"](), [*TINY, f"data={data}", f"out_dir={out_dir}", *more])
-
-
-def build(config):
-    return build_stage(config, Ranks())
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +66,7 @@ def test_a_run_does_not_go_on_with_others_held_out(data, tmp_path):
     from shutil import copytree
 
     own = copytree(data, tmp_path / "own")
-    config = tiny(tmp_path, own)
+    config = tiny(tmp_path, own, *WORDS)
     stage = build(config)
     train(config, stage)
     torn = own / stage.unseen.ids[0]
