@@ -9,6 +9,7 @@ from sda_fast.hierarchy import Hierarchy
 from sda_fast.weights import digest
 from tests.pictures import write_pictures
 from tests.tiny_training import build, gradient, tiny
+from train.__main__ import build_stage
 from train.checkpoint import newest_valid, read_state
 from train.config import override
 from train.data.source import open_source
