@@ -203,7 +203,8 @@ def test_refuses_another_models_config(tmp_path):
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"_class_name": FluxTransformer2DModel.__name__}))
-    with pytest.raises(ValueError, match="must hold the model SemanticAdapter, got the config of 'FluxTrans"):
+    told = "must hold the model SemanticAdapter, got the config of 'FluxTrans"
+    with pytest.raises(ValueError, match=told):
         SemanticAdapter.from_pretrained(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
