@@ -76,7 +76,7 @@ def scenes_instructions() -> TrainConfig:
 def scenes_edit_autoregressive() -> EditConfig:
     """An editor of scenes that writes position after position, as the seed does."""
     return EditConfig(
-        name="scenes-edit-autoregressive", stage="edit", steps=8000, precision="fp32",
+        name="scenes-edit-autoregressive", stage="edit", steps=5000, precision="fp32",
         muon_lr=0.0, adamw_lr=2e-3, width=128, num_heads=4, ff_width=384,
     )  # fmt: skip
 
